@@ -1,0 +1,724 @@
+"""What the stages of ReDRAW share: environments, the networks of DRAW, datasets, checkpoints, logs.
+
+Notation, here and in every stage (shape comments use the same letters):
+
+    B batch   T time in a replayed sequence   H imagination horizon   N rows of a dataset
+    S categorical variables in the latent     K classes of each       Z = S*K, flat latent size
+    A action size   V vector-observation size   E embedding size
+    x_t observation   z_t sampled latent (B, S, K), one-hot   a_t action taken AT x_t
+    u_t prior logits   sigma_t = softmax(u_t), the prior's "belief"   e_t residual logits
+
+The algorithms are not here. Stage 1's losses are in draw_pretrain.py, the residual is in
+redraw_adapt.py, and the imagination of stage 3 is in train_policy.py.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class UserError(SystemExit):
+    """A mistake that the user can mend, e.g. a missing file or an impossible flag.
+
+    As a SystemExit with a text it ends a script with that one line on stderr and exit status 1
+    instead of a traceback; code that imports this module can still catch it.
+    """
+
+    def __init__(self, message):
+        super().__init__(f"error: {message}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Environments
+# ---------------------------------------------------------------------------------------------
+
+
+class DMCEnv(gym.Env):
+    """A DeepMind Control task seen through its stock camera, with optionally changed dynamics.
+
+    Observation: Dict(image: uint8 (image_size, image_size, 3), vector: float32 (V,)), where
+    vector = physics.velocity() (rad/s, m/s): DRAW has no memory, and one image shows no velocity.
+    Action: float32 (A,) in [-1, 1], applied for `action_repeat` physics frames. The reward of a
+    step is the reward of its LAST frame, not the sum, so 1000 frames return at most 500. Episodes
+    are never terminal; the time limit that gymnasium.make adds (500 steps) truncates them.
+
+    Args:
+        domain, task: names in dm_control.suite, e.g. "pendulum", "swingup".
+        reverse_actions: apply -a instead of a.
+        wrench: (body, (fx, fy, fz, tx, ty, tz)): a constant external force in N and torque in N·m
+            on that body, in world coordinates.
+        image_size: 64, or any power of two; below 64 the 64-pixel image is averaged down.
+        action_repeat: physics frames of the task per step.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 25}
+
+    def __init__(self, domain, task, reverse_actions=False, wrench=None, image_size=64, action_repeat=2, render_mode="rgb_array"):
+        if sys.platform.startswith("linux"):
+            os.environ.setdefault("MUJOCO_GL", "egl")  # render without a screen; read at import
+        try:
+            import mujoco
+            from dm_control import suite
+            from dm_control.mujoco.engine import Camera
+        except ImportError as e:
+            raise UserError(f"dm_control does not load ({e}); on Debian: apt-get install libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri") from e
+
+        # The time limit is gymnasium's, so that `max_episode_steps` is the only one there is.
+        self.dmc = suite.load(domain, task, task_kwargs={"time_limit": float("inf")})
+        self.physics = self.dmc.physics
+        self.sign = -1.0 if reverse_actions else 1.0
+        self.wrench = wrench
+        self.action_repeat = action_repeat
+        self.image_size = image_size
+        self.render_mode = render_mode
+        # Multisampling, shadows and reflections cost ten times the rest of a software-rendered frame.
+        self.physics.model.vis.quality.offsamples = 0
+        self.shrink = max(1, 64 // image_size)
+        self.camera = Camera(self.physics, height=image_size * self.shrink, width=image_size * self.shrink, camera_id=0)
+        self.camera.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+        self.camera.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+
+        spec = self.dmc.action_spec()
+        self.low, self.high = spec.minimum, spec.maximum  # physical bounds of the actuators
+        self.action_space = gym.spaces.Box(-1.0, 1.0, spec.shape, np.float32)
+        self.observation_space = gym.spaces.Dict(
+            image=gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8),
+            vector=gym.spaces.Box(-np.inf, np.inf, self.physics.velocity().shape, np.float32),
+        )
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.dmc.task.random.seed(seed)
+        self.dmc.reset()
+        return self.observe(), {}
+
+    def step(self, action):
+        action = self.sign * np.clip(np.asarray(action, np.float64), -1.0, 1.0)
+        action = self.low + (action + 1.0) / 2.0 * (self.high - self.low)
+        for _ in range(self.action_repeat):
+            if self.wrench is not None:  # a reset clears it
+                self.physics.named.data.xfrc_applied[self.wrench[0]] = self.wrench[1]
+            timestep = self.dmc.step(action)
+        return self.observe(), float(timestep.reward), False, False, {}
+
+    def observe(self):
+        return {"image": self.render(), "vector": self.physics.velocity().astype(np.float32)}
+
+    def render(self):
+        image = self.camera.render()
+        if self.shrink > 1:
+            image = image.reshape(self.image_size, self.shrink, self.image_size, self.shrink, 3).mean((1, 3))
+        return image.astype(np.uint8)
+
+    def close(self):
+        self.dmc.close()
+
+
+# id, domain, task, what differs in the target (design of the paper's four source/target pairs)
+for name, domain, task, changes in (
+    ("PendulumSwingup", "pendulum", "swingup", {}),
+    ("PendulumSwingupReversed", "pendulum", "swingup", {"reverse_actions": True}),
+    ("BallInCupCatch", "ball_in_cup", "catch", {}),
+    ("BallInCupCatchWindy", "ball_in_cup", "catch", {"wrench": ("ball", (-2.0, 0.0, 0.0, 0.0, 0.0, 0.0))}),
+    ("FingerTurnHard", "finger", "turn_hard", {}),
+    ("FingerTurnHardTorque", "finger", "turn_hard", {"wrench": ("spinner", (0.0, 0.0, 0.0, 0.0, 4.0, 0.0))}),
+    ("ReacherEasy", "reacher", "easy", {}),
+    ("ReacherEasyReversed", "reacher", "easy", {"reverse_actions": True}),
+):
+    gym.register(
+        id=f"redraw/{name}-v0",
+        entry_point=DMCEnv,
+        kwargs={"domain": domain, "task": task, **changes},
+        max_episode_steps=500,
+        disable_env_checker=True,
+    )
+
+
+def make_envs(env_id, n, image_size=None, episode_steps=None):
+    """n copies of one environment, stepped together.
+
+    Args:
+        env_id: a Gymnasium id, also as "module:id".
+        image_size: for this project's ids; others come with a size of their own.
+        episode_steps: a time limit in steps instead of the environment's own.
+    Returns:
+        gymnasium.vector.SyncVectorEnv. The step after the end of an episode resets that copy,
+        ignores its action and returns the first observation of the next episode with reward 0.
+    Raises:
+        UserError: unknown id, or an observation or action space that DRAW can't use.
+    """
+    kwargs = {"max_episode_steps": episode_steps} if episode_steps else {}
+    if image_size and env_id.startswith("redraw/"):
+        kwargs["image_size"] = image_size
+    try:
+        envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id, **kwargs) for _ in range(n)])
+    except (gym.error.Error, ModuleNotFoundError) as e:
+        known = ", ".join(i for i in gym.registry if i.startswith("redraw/"))
+        raise UserError(f"can't make environment '{env_id}': {e}. This project's: {known}; any other as module:id") from e
+    obs, act = envs.single_observation_space, envs.single_action_space
+    if not isinstance(obs, gym.spaces.Dict) or set(obs.spaces) != {"image", "vector"}:
+        raise UserError(f"{env_id}: the observation space must be Dict(image=..., vector=...), it is {obs}")
+    size = obs["image"].shape[0] if len(obs["image"].shape) == 3 else 0
+    if obs["image"].dtype != np.uint8 or obs["image"].shape != (size, size, 3) or size < 16 or size & (size - 1):
+        raise UserError(f"{env_id}: image must be uint8 (L, L, 3) with L = 16, 32, 64, ..., it is {obs['image']}")
+    if len(obs["vector"].shape) != 1 or obs["vector"].dtype != np.float32:
+        raise UserError(f"{env_id}: vector must be float32 (V,), it is {obs['vector']}")
+    if not isinstance(act, gym.spaces.Box) or len(act.shape) != 1 or not ((act.low == -1).all() and (act.high == 1).all()):
+        raise UserError(f"{env_id}: the action space must be Box(-1, 1, (A,)), it is {act}; gymnasium.wrappers.RescaleAction can make it so")
+    return envs
+
+
+def held_noise(previous, hold):
+    """Random actions that stay for a geometrically distributed time, `hold` steps on average.
+
+    Independent noise averages out over a swing of the arm; held noise reaches far more states.
+
+    Args:
+        previous: float32 (n, A), the last actions.
+    Returns:
+        float32 (n, A) in [-1, 1].
+    """
+    fresh = np.random.uniform(-1, 1, previous.shape).astype(np.float32)
+    return np.where(np.random.rand(len(previous), 1) < 1.0 / hold, fresh, previous)
+
+
+def evaluate(env_id, policy, episodes, seed, image_size=None):
+    """Runs whole episodes and returns what they paid.
+
+    Args:
+        policy: function (image uint8 (n, L, L, 3), vector float32 (n, V)) -> actions float32 (n, A)
+    Returns:
+        (returns float64 (episodes,), frames uint8 (T, L, L, 3) of the first episode)
+    """
+    envs = make_envs(env_id, episodes, image_size)
+    obs, _ = envs.reset(seed=seed)
+    returns, running, frames = np.zeros(episodes), np.ones(episodes, bool), [obs["image"][0].copy()]
+    while running.any():
+        obs, reward, terminated, truncated, _ = envs.step(np.clip(policy(obs["image"], obs["vector"]), -1, 1))
+        returns += reward * running
+        if running[0]:
+            frames.append(obs["image"][0].copy())
+        running &= ~(terminated | truncated)
+    envs.close()
+    return returns, np.stack(frames)
+
+
+def mean_and_interval(returns):
+    """Mean and half-width of the 95 % confidence interval (Student's t) of `returns` (n,), n >= 2."""
+    from scipy.stats import t
+
+    n = len(returns)
+    return float(np.mean(returns)), float(t.ppf(0.975, n - 1) * np.std(returns, ddof=1) / np.sqrt(n))
+
+
+# ---------------------------------------------------------------------------------------------
+# Distributions: categorical latents, two-hot scalars
+# ---------------------------------------------------------------------------------------------
+
+
+def unimix(logits):
+    """log(0.99 softmax(logits) + 0.01 / K): no class is ever impossible, so no KL is infinite.
+
+    Args and result: (..., S, K); the result are normalised log-probabilities.
+    """
+    return torch.log(0.99 * logits.softmax(-1) + 0.01 / logits.shape[-1])
+
+
+def sample_onehot(logits):
+    """Samples every categorical, with straight-through gradients (those of the probabilities).
+
+    Args and result: (..., S, K), one-hot. Inverse-CDF sampling: on CPUs tens of times faster than
+    torch.multinomial.
+    """
+    probs = logits.softmax(-1)
+    cdf = probs.detach().cumsum(-1)
+    index = (torch.rand_like(cdf[..., :1]) > cdf[..., :-1]).sum(-1, keepdim=True)
+    onehot = torch.zeros_like(cdf).scatter_(-1, index, 1.0)
+    return onehot + probs - probs.detach()
+
+
+def kl_categorical(logp, logq):
+    """KL(p || q) of independent categoricals, from log-probabilities (..., S, K), summed to (...)."""
+    return (logp.exp() * (logp - logq)).sum((-2, -1))
+
+
+def symlog(x):
+    """sign(x) log(1 + |x|): squashes large values, near-identity around zero (DreamerV3)."""
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+def symexp(x):
+    """The inverse of symlog."""
+    return torch.sign(x) * torch.expm1(torch.abs(x))
+
+
+BINS = 255  # of the two-hot distribution, evenly spaced over [-20, 20] in symlog space
+
+
+def twohot_mean(logits):
+    """Logits (..., BINS) -> mean of the distribution over symlog values, back in linear space (...)."""
+    bins = torch.linspace(-20.0, 20.0, BINS, device=logits.device)
+    return symexp((logits.softmax(-1) * bins).sum(-1))
+
+
+def twohot_log_prob(logits, x):
+    """Cross-entropy (negated) of logits (..., BINS) against the two-hot encoding of symlog(x), (...).
+
+    The target puts its mass on the two bins around symlog(x), in proportion to their nearness.
+    """
+    position = (symlog(x).clamp(-20.0, 20.0) + 20.0) / 40.0 * (BINS - 1)
+    below = position.floor().long().clamp(max=BINS - 2)
+    weight_above = (position - below)[..., None]
+    logp = logits.log_softmax(-1)
+    logp_below, logp_above = logp.gather(-1, below[..., None]), logp.gather(-1, below[..., None] + 1)
+    return ((1 - weight_above) * logp_below + weight_above * logp_above).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Networks
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sizes:
+    """All sizes of a world model and its policy; stored in every checkpoint. Defaults: the paper's."""
+
+    image_size: int = 64  # pixels, a power of two
+    vector_size: int = 1  # V
+    action_size: int = 1  # A
+    S: int = 256
+    K: int = 4
+    cnn_depth: int = 32  # channels of the first convolution; each further one doubles them
+    vector_units: int = 1024
+    vector_layers: int = 5
+    units: int = 512  # of posterior, dynamics, heads, actor and critic
+
+
+def init_weights(layer, scale=1.0):
+    """Truncated normal of variance scale / ((fan_in + fan_out) / 2), cut at two deviations; zero bias."""
+    receptive = layer.weight[0, 0].numel() if layer.weight.dim() == 4 else 1
+    fan_avg = (layer.weight.shape[0] + layer.weight.shape[1]) * receptive / 2
+    std = (scale / fan_avg) ** 0.5 / 0.87962566  # the deviation that the cut takes away
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std) if scale else nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(n_in, units, layers, n_out=None, out_scale=1.0):
+    """Layers of Linear (no bias), LayerNorm, SiLU; then, if n_out is given, a Linear to n_out."""
+    modules = []
+    for _ in range(layers):
+        modules += [init_weights(nn.Linear(n_in, units, bias=False)), nn.LayerNorm(units, eps=1e-3), nn.SiLU()]
+        n_in = units
+    if n_out:
+        modules.append(init_weights(nn.Linear(n_in, n_out), out_scale))
+    return nn.Sequential(*modules)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W), at each pixel by itself."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Encoder(nn.Module):
+    """embed = [CNN(image), MLP(symlog(vector))], E = 16 * last channels + vector units."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        layers, channels, depth = [], 3, sizes.cnn_depth
+        for _ in range(int(np.log2(sizes.image_size)) - 2):  # halve the image until it is 4x4
+            layers += [init_weights(nn.Conv2d(channels, depth, 4, 2, 1, bias=False)), ChannelNorm(depth, eps=1e-3), nn.SiLU()]
+            channels, depth = depth, depth * 2
+        self.cnn = nn.Sequential(*layers)
+        self.vector = mlp(sizes.vector_size, sizes.vector_units, sizes.vector_layers)
+        self.embed_size = 16 * channels + sizes.vector_units  # E
+
+    def forward(self, image, vector):
+        """image uint8 (..., L, L, 3), vector (..., V) -> embed (..., E)"""
+        batch = image.shape[:-3]
+        x = image.flatten(0, -4).permute(0, 3, 1, 2).float() / 255.0 - 0.5  # (B, 3, L, L), channels-last in memory
+        return torch.cat([self.cnn(x).flatten(1).unflatten(0, batch), self.vector(symlog(vector))], -1)
+
+
+class Decoder(nn.Module):
+    """image = CNN^-1(z) + 0.5, from 4x4 upwards; no sigmoid."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        n = int(np.log2(sizes.image_size)) - 2
+        channels = sizes.cnn_depth * 2 ** (n - 1)
+        self.start = nn.Sequential(
+            init_weights(nn.Linear(sizes.S * sizes.K, 16 * channels)),
+            nn.Unflatten(-1, (4, 4, channels)),
+            nn.LayerNorm(channels, eps=1e-3),
+            nn.SiLU(),
+        )
+        layers = []
+        for _ in range(n - 1):
+            layers += [init_weights(nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False)), ChannelNorm(channels // 2, eps=1e-3), nn.SiLU()]
+            channels //= 2
+        self.cnn = nn.Sequential(*layers, init_weights(nn.ConvTranspose2d(channels, 3, 4, 2, 1)))
+
+    def forward(self, z):
+        """z (..., Z) -> image (..., L, L, 3), about [0, 1]"""
+        x = self.start(z.flatten(0, -2)).permute(0, 3, 1, 2)
+        return self.cnn(x).permute(0, 2, 3, 1).unflatten(0, z.shape[:-1]) + 0.5
+
+
+class DRAW(nn.Module):
+    """The Dynamics-learning Recurrent-free world model with a discrete latent state.
+
+        posterior   q(z_t | x_t) = Categorical^S(unimix(MLP(embed_t)))
+        dynamics    u_t = f(z_{t-1}, sigma_{t-1}, a_{t-1}),   sigma_t = softmax(u_t)
+        prior       p(z_t | ...) = Categorical^S(unimix(u_t))
+        heads       image, vector, reward, continue, each from z_t alone
+    """
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.sizes = sizes
+        Z, u = sizes.S * sizes.K, sizes.units
+        self.encoder = Encoder(sizes)
+        self.posterior_net = mlp(self.encoder.embed_size, u, 1, Z)
+        self.dynamics_net = mlp(2 * Z + sizes.action_size, u, 3, Z)
+        self.initial_logits = nn.Parameter(torch.zeros(sizes.S, sizes.K))
+        self.decoder = Decoder(sizes)
+        self.vector_head = mlp(Z, sizes.vector_units, sizes.vector_layers, sizes.vector_size)
+        self.reward_head = mlp(Z, u, 2, BINS, out_scale=0.0)
+        self.continue_head = mlp(Z, u, 2, 1)
+
+    def posterior(self, embed):
+        """embed (..., E) -> log-probabilities of q(z_t | x_t), (..., S, K), unimix included"""
+        return unimix(self.posterior_net(embed).unflatten(-1, (self.sizes.S, self.sizes.K)))
+
+    def dynamics(self, z, sigma, action):
+        """f(z_{t-1}, sigma_{t-1}, a_{t-1}), (..., S, K), (..., S, K), (..., A) -> prior logits u_t (..., S, K)
+
+        An action is scaled back into [-1, 1] if its sampled value lies outside, as the environment
+        would clip it.
+        """
+        action = action / action.abs().clamp(min=1.0)
+        u = self.dynamics_net(torch.cat([z.flatten(-2), sigma.flatten(-2), action], -1))
+        return u.unflatten(-1, (self.sizes.S, self.sizes.K))
+
+    def initial(self, batch):
+        """The learned state before the first step: sigma = softmax(w), z = its mode; each (batch, S, K)"""
+        sigma = self.initial_logits.softmax(-1)
+        mode = F.one_hot(sigma.argmax(-1), self.sizes.K).to(sigma)
+        z = mode + sigma - sigma.detach()
+        return z.expand(batch, -1, -1), sigma.expand(batch, -1, -1)
+
+    def observe(self, z, action, is_first, dynamics=None):
+        """The recurrence of the belief over an observed sequence.
+
+        Args:
+            z: (B, T, S, K), sampled from the posterior.
+            action: (B, T, A), a_t taken AT x_t; so step t uses action[:, t-1].
+            is_first: bool (B, T). There, and at t = 0, the previous state is the initial one and
+                the previous action zero.
+            dynamics: function (z_{t-1}, sigma_{t-1}, a_{t-1}) -> u_t to use instead of f, e.g. the
+                rectified one of redraw_adapt.py.
+        Returns:
+            u: (B, T, S, K), prior logits. sigma_t is softmax(u_t), the PRIOR's belief.
+        """
+        B, T = is_first.shape
+        z0, sigma0 = self.initial(B)
+        first = is_first[..., None, None]  # (B, T, 1, 1)
+        sigma, us = sigma0, []
+        for t in range(T):
+            if t == 0:
+                z_prev, sigma, a_prev = z0, sigma0, torch.zeros_like(action[:, 0])
+            else:
+                z_prev = torch.where(first[:, t], z0, z[:, t - 1])
+                sigma = torch.where(first[:, t], sigma0, sigma)
+                a_prev = torch.where(is_first[:, t, None], 0.0, action[:, t - 1])
+            u = (dynamics or self.dynamics)(z_prev, sigma, a_prev)
+            sigma = u.softmax(-1)  # fed back at t+1
+            us.append(u)
+        return torch.stack(us, 1)
+
+    def reward(self, z):
+        """Predicted reward of arriving in z (..., S, K) -> (...)"""
+        return twohot_mean(self.reward_head(z.flatten(-2)))
+
+    def cont(self, z):
+        """Predicted probability that the episode goes on after arriving in z (..., S, K) -> (...)"""
+        return self.continue_head(z.flatten(-2)).squeeze(-1).sigmoid()
+
+
+class Actor(nn.Module):
+    """pi(a | z) = Normal(tanh(mu), 0.9 sigmoid(s + 2) + 0.1), not squashed. z alone, so a deployed
+    policy needs only the encoder and the posterior beside it."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.net = mlp(sizes.S * sizes.K, sizes.units, 2, 2 * sizes.action_size)
+
+    def forward(self, z):
+        """z (..., S, K) -> torch.distributions.Normal over (..., A)"""
+        mu, s = self.net(z.flatten(-2)).chunk(2, -1)
+        return torch.distributions.Normal(torch.tanh(mu), 0.9 * torch.sigmoid(s + 2.0) + 0.1, validate_args=False)
+
+
+class Critic(nn.Module):
+    """The distribution of the return from z, two-hot; starts at zero."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.net = mlp(sizes.S * sizes.K, sizes.units, 2, BINS, out_scale=0.0)
+
+    def forward(self, z):
+        """z (..., S, K) -> logits (..., BINS)"""
+        return self.net(z.flatten(-2))
+
+
+class Policy(nn.Module):
+    """x_t -> a_t: encoder, posterior, actor. All that deployment needs."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.sizes = sizes
+        self.encoder = Encoder(sizes)
+        self.posterior_net = mlp(self.encoder.embed_size, sizes.units, 1, sizes.S * sizes.K)
+        self.actor = Actor(sizes)
+
+    @classmethod
+    def of(cls, draw, actor):
+        """Shares the modules of a world model and an actor, no copy."""
+        policy = cls.__new__(cls)
+        nn.Module.__init__(policy)
+        policy.sizes, policy.encoder, policy.posterior_net, policy.actor = draw.sizes, draw.encoder, draw.posterior_net, actor
+        return policy
+
+    posterior = DRAW.posterior
+
+    @torch.no_grad()
+    def __call__(self, image, vector):
+        """image uint8 (n, L, L, 3), vector float32 (n, V), NumPy -> sampled actions (n, A) in [-1, 1]"""
+        device = next(self.parameters()).device
+        embed = self.encoder(torch.as_tensor(image, device=device), torch.as_tensor(vector, device=device))
+        action = self.actor(sample_onehot(self.posterior(embed))).sample()
+        return action.clamp(-1, 1).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------
+# Files: datasets and checkpoints
+# ---------------------------------------------------------------------------------------------
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file beside `path`, then renames it: no half file is ever seen."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            write(file)
+        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except BaseException as e:
+        os.unlink(temporary)
+        if isinstance(e, OSError):
+            raise UserError(f"can't write {path}: {e.strerror}") from e
+        raise
+
+
+def save_dataset(path, rows):
+    """Writes rows, a dict of equal-length arrays (see load_dataset), as one .npz file."""
+    write_atomically(path, lambda file: np.savez_compressed(file, **rows))
+
+
+def load_dataset(path, image_size=None, vector_size=None, action_size=None):
+    """Reads a dataset: one .npz file, or a folder of .npz files, each the start of a new sequence.
+
+    Row t holds x_t, the reward on ARRIVING at x_t, and the action taken AT x_t (DreamerV3's
+    convention). The authors' key names `image_complement` and `yaw_and_forward_vel` are read as
+    `vector`; unknown keys are ignored.
+
+    Returns:
+        dict: image uint8 (N, L, L, 3), vector float32 (N, V), action float32 (N, A), is_first,
+        is_last, is_terminal bool (N,), and reward float32 (N,) if every file has one.
+    Raises:
+        UserError: no such file, not a dataset, other sizes than asked for, NaN or infinity.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+    if not files or not all(f.is_file() for f in files):
+        raise UserError(f"no dataset at {path}: expected a .npz file or a folder of them")
+    chunks = []
+    for file in files:
+        try:
+            with np.load(file, allow_pickle=False) as npz:
+                wanted = ("image", "vector", "action", "reward", "is_first", "is_last", "is_terminal")
+                renamed = {"image_complement": "vector", "yaw_and_forward_vel": "vector"}
+                chunk = {renamed.get(k, k): npz[k] for k in npz.files if renamed.get(k, k) in wanted}
+        except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError, KeyError, zlib.error) as e:
+            raise UserError(f"{file} can't be read as a .npz dataset ({e}); is it complete?") from e
+        missing = {"image", "vector", "action", "is_first"} - set(chunk)
+        if missing:
+            raise UserError(f"{file} lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(chunk)) or 'nothing of use'}")
+        n = len(chunk["is_first"]) if chunk["is_first"].ndim == 1 else 0
+        if n < 2 or any(len(v) != n if v.ndim else True for v in chunk.values()):
+            raise UserError(f"{file}: all arrays need the same length of at least 2 rows: { {k: v.shape for k, v in chunk.items()} }")
+        for key in ("is_last", "is_terminal"):
+            chunk.setdefault(key, np.zeros(n, bool))
+        for key, dtype, ndim in (("image", np.uint8, 4), ("vector", np.float32, 2), ("action", np.float32, 2), ("reward", np.float32, 1),
+                                 ("is_first", bool, 1), ("is_last", bool, 1), ("is_terminal", bool, 1)):  # fmt: skip
+            if key not in chunk:
+                continue
+            if chunk[key].ndim != ndim or chunk[key].dtype.kind not in "biuf" or (key == "image" and chunk[key].dtype != np.uint8):
+                raise UserError(f"{file}: {key} must be {np.dtype(dtype).name} with {ndim} dimensions, it is {chunk[key].dtype} {chunk[key].shape}")
+            chunk[key] = chunk[key].astype(dtype, copy=False)
+            if dtype is np.float32 and not np.isfinite(chunk[key]).all():
+                raise UserError(f"{file}: {key} holds NaN or infinity, first at row {int(np.argwhere(~np.isfinite(chunk[key]))[0][0])}")
+        L = image_size or chunk["image"].shape[1]
+        for key, shape in (("image", (L, L, 3)), ("vector", (vector_size,)), ("action", (action_size,))):
+            got = chunk[key].shape[1:]
+            if None not in shape and got != shape:
+                raise UserError(f"{file}: a row of {key} has shape {got}, the checkpoint or the files before expect {shape}")
+        image_size, vector_size, action_size = L, chunk["vector"].shape[1], chunk["action"].shape[1]
+        chunk["is_first"] = chunk["is_first"].copy()
+        chunk["is_first"][0] = True
+        # A reset follows the end of an episode, whether the recorder marked it or not.
+        chunk["is_first"][1:] |= chunk["is_last"][:-1]
+        chunks.append(chunk)
+    keys = set.intersection(*(set(c) for c in chunks))
+    dataset = {}
+    for key in keys:  # file by file, so that no more than one copy of the images is in memory
+        dataset[key] = chunks[0][key] if len(chunks) == 1 else np.concatenate([c.pop(key) for c in chunks])
+    return dataset
+
+
+def sample_sequences(is_first, batch, length, rng):
+    """Row numbers (B, T) of random sequences of a dataset, drawn uniformly over the rows.
+
+    A sequence may run over an episode's end: the model restarts its belief where is_first says so.
+    """
+    starts = rng.integers(0, len(is_first) - length + 1, batch)
+    return starts[:, None] + np.arange(length)
+
+
+def save_checkpoint(path, **contents):
+    """Writes weights (state dicts) and plain data (numbers, strings, lists, dicts) to one file."""
+    write_atomically(path, lambda file: torch.save(contents, file))
+
+
+def load_checkpoint(path, stages, device="cpu"):
+    """Reads a checkpoint and checks that it comes from one of `stages`, e.g. ("draw_pretrain",).
+
+    weights_only=True: a file from a stranger can't run code.
+
+    Raises:
+        UserError: no such file, not a checkpoint of this project, or one of another stage.
+    """
+    makers = " or ".join(f"{s}.py" for s in stages)
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}: expected a file written by {makers}")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        stage = checkpoint["stage"]
+    except Exception as e:  # torch raises many kinds for a foreign or truncated file
+        raise UserError(f"{path} is not a checkpoint of this project, or it is damaged ({type(e).__name__}); make one with {makers}") from e
+    if stage not in stages:
+        raise UserError(f"{path} was written by {stage}.py; this needs one from {makers}")
+    return checkpoint
+
+
+def load_draw(checkpoint, device):
+    """The world model of a checkpoint, frozen."""
+    draw = DRAW(Sizes(**checkpoint["sizes"])).to(device)
+    draw.load_state_dict(checkpoint["draw"])
+    return draw.requires_grad_(False).eval()
+
+
+def load_policy(path, device="cpu"):
+    """The policy of a checkpoint of train_policy.py, ready to act."""
+    checkpoint = load_checkpoint(path, ("train_policy",), device)
+    policy = Policy(Sizes(**checkpoint["sizes"])).to(device)
+    policy.load_state_dict(checkpoint["policy"])
+    return policy.requires_grad_(False).eval()
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs: seeds, devices, logs
+# ---------------------------------------------------------------------------------------------
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pick_device(name):
+    """'auto' is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    return torch.device(name)
+
+
+class Logger:
+    """Scalars to TensorBoard, to metrics.csv (step, metric, value) and, if asked, to Weights & Biases.
+
+    Raises:
+        UserError: the run folder holds a run already.
+    """
+
+    def __init__(self, run_dir, args, track=False, overwrite=False):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.dir = Path(run_dir)
+        if (self.dir / "args.json").exists() and not overwrite:
+            raise UserError(f"{run_dir} holds a run already; choose another --run-dir or add --overwrite")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1, default=str))
+        self.wandb = None
+        if track:
+            try:
+                import wandb
+            except ImportError as e:
+                raise UserError("--track needs Weights & Biases: pip install wandb") from e
+            self.wandb = wandb.init(project="redraw", name=self.dir.name, config=dataclasses.asdict(args), dir=str(self.dir))
+        self.tensorboard = SummaryWriter(str(self.dir))
+        self.file = open(self.dir / "metrics.csv", "w", newline="")
+        self.csv = csv.writer(self.file)
+        self.csv.writerow(["step", "metric", "value"])
+        self.start = time.time()
+
+    def log(self, step, metrics):
+        """metrics: dict of name -> number or 0-d tensor"""
+        metrics = {k: float(v.detach() if torch.is_tensor(v) else v) for k, v in metrics.items()}
+        for name, value in metrics.items():
+            self.tensorboard.add_scalar(name, value, step)
+            self.csv.writerow([step, name, f"{value:.6g}"])
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+        return metrics
+
+    def close(self):
+        self.tensorboard.close()
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()

@@ -1,0 +1,419 @@
+"""Stage 1: train DRAW, a world model with a discrete latent state, in the source simulator.
+
+DRAW predicts a categorical latent z_t from one observation (no recurrence) and learns dynamics
+logits u_t = f(z_{t-1}, sigma_{t-1}, a_{t-1}) that anticipate it. Data comes from Plan2Explore: an
+exploration actor-critic, trained in imagination, seeks states where an ensemble disagrees about
+the next embedding; a task actor-critic trains beside it on the predicted reward.
+
+One iteration of the loop below:
+
+    1. act in the environments, store x_t, a_t, reward, flags in the replay
+    2. world model:  L = reconstructions + 1.5 max(1, KL(sg q || p)) + 0.5 max(1, KL(q || sg p))
+    3. ensemble:     predict embed_{t+1} from (sigma_t, z_t, a_t)
+    4. exploration and task actor-critic in imagination (its equations: see `ActorCritic`)
+
+    python draw_pretrain.py laptop --env-id redraw/PendulumSwingup-v0 --run-dir runs/source
+
+writes runs/source/draw.pt (weights, sizes, arguments), runs/source/replay/*.npz (a dataset for
+the later stages) and metrics.csv. Next: redraw_adapt.py.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+from common import (DRAW, Actor, Critic, Logger, Policy, Sizes, UserError, held_noise, kl_categorical, make_envs, mlp, pick_device,
+                    sample_onehot, save_checkpoint, save_dataset, seed_everything, symlog, twohot_log_prob, twohot_mean, unimix)  # fmt: skip
+
+
+@dataclass
+class Args:
+    env_id: str = "redraw/PendulumSwingup-v0"
+    """source environment, a Gymnasium id, also as module:id"""
+    run_dir: Optional[str] = None
+    """folder for everything this run writes (default: runs/pretrain-ENV-SEED)"""
+    overwrite: bool = False
+    """write into a folder that holds a run already"""
+    seed: int = 1
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    track: bool = False
+    """log to Weights & Biases too"""
+
+    # data
+    steps: int = 9_000_000
+    """agent steps, summed over the environments"""
+    n_envs: int = 4
+    episode_steps: Optional[int] = None
+    """time limit of the training episodes (default: the environment's); short ones see more start states"""
+    image_size: int = 64
+    """pixels, for this project's environments"""
+    collect: Literal["explore", "task", "random", "mixed"] = "explore"
+    """which policy collects: Plan2Explore, the task's, random actions, or a third of the episodes each"""
+    prefill: int = 1024
+    """random steps before the first update"""
+    hold: float = 1.0
+    """mean number of steps that a random action is held"""
+    replay_size: int = 1_000_000
+    """rows kept"""
+
+    # world model
+    S: int = 256
+    K: int = 4
+    cnn_depth: int = 32
+    vector_units: int = 1024
+    vector_layers: int = 5
+    units: int = 512
+    batch: int = 16
+    """B, sequences per update"""
+    length: int = 64
+    """T, steps per sequence"""
+    train_every: float = 2.0
+    """agent steps per update"""
+    lr: float = 1e-4
+    warmup: int = 0
+    """updates over which the learning rate rises from 0"""
+    decay: bool = False
+    """let the learning rate fall to a tenth over the run, along a cosine"""
+    image_scale: float = 1.0
+    """weight of the image loss; it is summed over pixels, so small images want a larger one"""
+    vector_scale: float = 1.0
+    """weight of the vector loss"""
+    soft_updates: int = 0
+    """updates over which the latent fades from probabilities to samples; shortens the blurred phase"""
+
+    # imagination
+    horizon: int = 40
+    """H"""
+    starts: int = 1024
+    """imagined trajectories per update, at most batch * length"""
+    policy_every: int = 1
+    """world-model updates per actor-critic update"""
+    gamma: float = 1 - 1 / 333
+    lam: float = 0.95
+    entropy: float = 3e-4
+    actor_lr: float = 3e-5
+    ensemble: int = 8
+    """members"""
+    ensemble_target: int = 0
+    """the members predict a fixed random projection of the embedding to so many numbers (0: all of it)"""
+
+    log_every: int = 100
+    """updates between two lines in the logs"""
+
+
+PRESETS = {
+    "laptop": (
+        "minutes on two CPU cores: 32x32 images, small networks, short episodes",
+        Args(
+            steps=40_000, episode_steps=100, image_size=32, collect="mixed", prefill=8_000, hold=8.0, replay_size=200_000,
+            S=32, K=4, cnn_depth=16, vector_units=64, vector_layers=2, units=256, batch=32, length=8, train_every=4.0,
+            lr=1e-3, warmup=200, decay=True, image_scale=4.0, soft_updates=500, horizon=15, starts=256, policy_every=4, actor_lr=3e-4, ensemble=5, ensemble_target=64,
+        ),
+    ),
+    "paper": ("the paper's sizes: one CUDA GPU, about a day", Args()),
+}  # fmt: skip
+
+
+class Replay:
+    """A ring of rows per environment, in the row convention of common.load_dataset."""
+
+    def __init__(self, rows, n_envs, sizes):
+        self.length, L = max(rows // n_envs, 2), sizes.image_size
+        # np.empty takes no memory until a row is written
+        self.data = {
+            "image": np.empty((n_envs, self.length, L, L, 3), np.uint8),
+            "vector": np.empty((n_envs, self.length, sizes.vector_size), np.float32),
+            "action": np.empty((n_envs, self.length, sizes.action_size), np.float32),
+            "reward": np.empty((n_envs, self.length), np.float32),
+            "is_first": np.empty((n_envs, self.length), bool),
+            "is_last": np.empty((n_envs, self.length), bool),
+            "is_terminal": np.empty((n_envs, self.length), bool),
+        }
+        self.added = 0  # rows ever written, per environment
+
+    def add(self, **row):
+        """One row of every environment; each value (n_envs, ...)."""
+        for key, value in row.items():
+            self.data[key][:, self.added % self.length] = value
+        self.added += 1
+
+    def __len__(self):
+        return min(self.added, self.length)
+
+    def sample(self, B, T, device):
+        """Random sequences: dict of tensors (B, T, ...). They may cross episode borders, not the ring's head."""
+        n_envs = len(self.data["reward"])
+        oldest = self.added - len(self)
+        env = np.random.randint(0, n_envs, B)[:, None]
+        t = (oldest + np.random.randint(0, len(self) - T + 1, B)[:, None] + np.arange(T)) % self.length
+        return {k: torch.from_numpy(v[env, t]).to(device, non_blocking=True) for k, v in self.data.items()}
+
+    def save(self, folder, rows_per_file=10_000):
+        """Writes one dataset folder; each file is a stretch of one environment's rows, oldest first."""
+        oldest = self.added - len(self)
+        for env in range(len(self.data["reward"])):
+            for i in range(0, len(self), rows_per_file):
+                t = (oldest + np.arange(i, min(i + rows_per_file, len(self)))) % self.length
+                if len(t) >= 2:
+                    save_dataset(Path(folder) / f"env{env:02d}-{i:09d}.npz", {k: v[env, t] for k, v in self.data.items()})
+
+
+def world_model_loss(draw, data, args, soft):
+    """The loss of DRAW on replayed sequences.
+
+    Args:
+        data: sequences of Replay.sample, (B, T, ...).
+        soft: share of the probabilities in the latent that the heads decode, 0 but early in training.
+    Returns:
+        loss (), dict of metrics, and (embed (B, T, E), z, sigma (B, T, S, K)) without gradients.
+    """
+    first = data["is_first"].clone()  # (B, T)
+    first[:, 0] = True
+    embed = draw.encoder(data["image"], data["vector"])  # (B, T, E), all images in one call
+    q = draw.posterior(embed)  # log q(z_t | x_t), (B, T, S, K), unimix included
+    z = sample_onehot(q)  # (B, T, S, K), straight-through
+    z = z + soft * (q.exp() - z)
+    u = draw.observe(z, data["action"], first)  # (B, T, S, K)
+    p = unimix(u)  # log p(z_t | ...)
+
+    # Reconstructions from z_t alone. Image and vector: squared error; it is a unit-variance
+    # Gaussian's log-likelihood up to a factor, so it is summed over pixels.
+    image = ((draw.decoder(z.flatten(-2)) - data["image"].float() / 255.0) ** 2).sum((-3, -2, -1))  # (B, T)
+    vector = ((draw.vector_head(z.flatten(-2)) - symlog(data["vector"])) ** 2).sum(-1)  # (B, T)
+    reward = -twohot_log_prob(draw.reward_head(z.flatten(-2)), data["reward"])  # (B, T), of arriving at x_t
+    cont = F.binary_cross_entropy_with_logits(draw.continue_head(z.flatten(-2)).squeeze(-1), 1.0 - data["is_terminal"].float(), reduction="none")
+    # KL balancing with free bits. The first step of a sequence has no cause to be predicted from.
+    kl_dyn = kl_categorical(q.detach(), p)  # (B, T), teaches the dynamics
+    kl_rep = kl_categorical(q, p.detach())  # (B, T), makes the latent predictable
+    kl = (1.5 * kl_dyn.clamp(min=1.0) + 0.5 * kl_rep.clamp(min=1.0)) * ~first
+
+    loss = (args.image_scale * image + args.vector_scale * vector + reward + cont + kl).mean()
+    metrics = {
+        "world_model/loss": loss, "world_model/image": image.mean(), "world_model/vector": vector.mean(), "world_model/reward": reward.mean(),
+        "world_model/continue": cont.mean(), "world_model/kl": (kl_dyn * ~first).sum() / (~first).sum(),
+        "world_model/posterior_entropy": -(q.exp() * q).sum((-2, -1)).mean(),
+    }  # fmt: skip
+    return loss, metrics, (embed.detach(), z.detach(), u.softmax(-1).detach())
+
+
+class Ensemble(nn.Module):
+    """Plan2Explore: `members` MLPs that predict embed_{t+1} from (sigma_t, z_t, a_t)."""
+
+    def __init__(self, sizes, embed_size, members, target):
+        super().__init__()
+        Z = sizes.S * sizes.K
+        # A fixed random projection keeps distances; predicting all of E would cost more than the world model.
+        projection = torch.randn(embed_size, target) / embed_size**0.5 if target else torch.eye(embed_size)
+        self.register_buffer("projection", projection)
+        self.members = nn.ModuleList(mlp(2 * Z + sizes.action_size, sizes.units, 2, projection.shape[1]) for _ in range(members))
+
+    def forward(self, sigma, z, action):
+        """-> predictions (members, ..., projected E)"""
+        x = torch.cat([sigma.flatten(-2), z.flatten(-2), action / action.abs().clamp(min=1.0)], -1)
+        return torch.stack([m(x) for m in self.members])
+
+    def loss(self, sigma, z, action, embed, is_first):
+        """Squared error of predicting the next embedding, summed over dimensions; () from (B, T, ...)."""
+        error = (self(sigma[:, :-1], z[:, :-1], action[:, :-1]) - embed[:, 1:] @ self.projection) ** 2
+        return (error.sum(-1).mean(0) * ~is_first[:, 1:]).mean()
+
+    def disagreement(self, sigma, z, action):
+        """Intrinsic reward: the deviation over the members, averaged over dimensions, (...)"""
+        return self(sigma, z, action).std(0).mean(-1)
+
+
+class ActorCritic:
+    """An actor and a critic trained in imagination (REINFORCE, lambda-returns, two-hot critic).
+
+        R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),   v = critic mean
+        scale = max(floor, EMA_0.99 of [percentile_95(R) - percentile_5(R)])
+        actor:  -w_t (log pi(a_t) sg((R_t - v_t) / scale) + 3e-4 entropy)
+        critic: -w_t (log p(R_t) + log p(mean of the slow critic)),   slow = 2 % EMA each update
+
+    r_{t+1} and c_{t+1} are reward and continue of ARRIVING at the imagined state t+1.
+    """
+
+    def __init__(self, sizes, args, scale_floor, device):
+        self.args, self.scale_floor = args, scale_floor
+        self.actor, self.critic, self.slow_critic = Actor(sizes).to(device), Critic(sizes).to(device), Critic(sizes).to(device)
+        self.slow_critic.load_state_dict(self.critic.state_dict())
+        self.optimizer = torch.optim.Adam([*self.actor.parameters(), *self.critic.parameters()], lr=args.actor_lr, eps=1e-5, fused=True)
+        self.scale = torch.zeros((), device=device)
+
+    def update(self, draw, z, sigma, weight, reward_fn):
+        """One update from imagined trajectories.
+
+        Args:
+            z, sigma: (B, S, K), posterior states to start from.
+            weight: (B,), 0 where a start is terminal, else 1.
+            reward_fn: function (z_t, sigma_t, a_t, z_{t+1}), each (H, B, ...) -> rewards (H, B).
+        Returns:
+            dict of metrics.
+        """
+        args, H = self.args, self.args.horizon
+        with torch.no_grad():  # REINFORCE: no gradient through the dynamics
+            zs, sigmas, actions = [z], [sigma], []
+            for _ in range(H):
+                action = self.actor(z).sample()  # (B, A)
+                sigma = draw.dynamics(z, sigma, action).softmax(-1)  # sigma_{t+1}
+                z = sample_onehot(torch.log(0.99 * sigma + 0.01 / sigma.shape[-1]))  # z_{t+1} ~ p
+                zs, sigmas, actions = zs + [z], sigmas + [sigma], actions + [action]
+            zs, sigmas, actions = torch.stack(zs), torch.stack(sigmas), torch.stack(actions)  # (H+1, B, S, K), (H, B, A)
+            rewards = reward_fn(zs[:-1], sigmas[:-1], actions, zs[1:])  # (H, B): r_1 .. r_H
+            discounts = args.gamma * draw.cont(zs[1:])  # (H, B): gamma c_1 .. gamma c_H
+            weights = torch.cat([weight[None], weight * discounts[:-1].cumprod(0)])  # (H, B): w_0 .. w_{H-1}
+            slow_values = twohot_mean(self.slow_critic(zs[:-1]))  # (H, B)
+
+        logits = self.critic(zs)  # (H+1, B, BINS)
+        values = twohot_mean(logits.detach())  # (H+1, B)
+        R, returns = values[-1], []
+        for t in reversed(range(H)):
+            R = rewards[t] + discounts[t] * ((1 - args.lam) * values[t + 1] + args.lam * R)
+            returns.insert(0, R)
+        returns = torch.stack(returns)  # (H, B): R_0 .. R_{H-1}
+        p5, p95 = torch.quantile(returns, torch.tensor([0.05, 0.95], device=returns.device))
+        self.scale = 0.99 * self.scale + 0.01 * (p95 - p5)
+        advantages = (returns - values[:-1]) / self.scale.clamp(min=self.scale_floor)
+
+        pi = self.actor(zs[:-1])
+        log_prob, entropy = pi.log_prob(actions).sum(-1), pi.entropy().sum(-1)  # (H, B)
+        actor_loss = -(weights * (log_prob * advantages + args.entropy * entropy)).mean()
+        critic_loss = -(weights * (twohot_log_prob(logits[:-1], returns) + twohot_log_prob(logits[:-1], slow_values))).mean()
+        self.optimizer.zero_grad()
+        (actor_loss + critic_loss).backward()
+        nn.utils.clip_grad_norm_(self.actor.parameters(), 100.0)
+        nn.utils.clip_grad_norm_(self.critic.parameters(), 100.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters()):
+                slow.lerp_(fast, 0.02)
+        return {"return": returns.mean(), "reward": rewards.mean(), "entropy": entropy.mean(), "scale": self.scale, "critic_loss": critic_loss}
+
+
+def main(args):
+    if args.starts > args.batch * args.length:
+        raise UserError(f"--starts {args.starts} is more than batch x length = {args.batch * args.length} states")
+    if args.steps // args.n_envs <= args.length or args.prefill // args.n_envs < args.length:
+        raise UserError("--steps and --prefill must give each environment more than --length rows")
+    seed_everything(args.seed)
+    device = pick_device(args.device)
+    envs = make_envs(args.env_id, args.n_envs, args.image_size, args.episode_steps)
+    spaces = envs.single_observation_space
+    sizes = Sizes(
+        image_size=spaces["image"].shape[0], vector_size=spaces["vector"].shape[0], action_size=envs.single_action_space.shape[0],
+        S=args.S, K=args.K, cnn_depth=args.cnn_depth, vector_units=args.vector_units, vector_layers=args.vector_layers, units=args.units,
+    )  # fmt: skip
+    run_dir = Path(args.run_dir or f"runs/pretrain-{args.env_id.split('/')[-1]}-{args.seed}")
+    logger = Logger(run_dir, args, args.track, args.overwrite)
+
+    draw = DRAW(sizes).to(device)
+    if device.type == "cpu":
+        draw = draw.to(memory_format=torch.channels_last)
+    ensemble = Ensemble(sizes, draw.encoder.embed_size, args.ensemble, args.ensemble_target).to(device)
+    task = ActorCritic(sizes, args, scale_floor=1.0, device=device)
+    explore = ActorCritic(sizes, args, scale_floor=0.01, device=device)
+    optimizer = torch.optim.Adam(draw.parameters(), lr=args.lr, eps=1e-8, fused=True)
+    ensemble_optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.lr, eps=1e-8, fused=True)
+    replay = Replay(args.replay_size, args.n_envs, sizes)
+
+    def task_reward(z, sigma, action, z_next):
+        return draw.reward(z_next)
+
+    def explore_reward(z, sigma, action, z_next):
+        return ensemble.disagreement(sigma, z, action)
+
+    def save():
+        save_checkpoint(
+            run_dir / "draw.pt", stage="draw_pretrain", args=dataclasses.asdict(args), sizes=dataclasses.asdict(sizes), draw=draw.state_dict(),
+            task_actor=task.actor.state_dict(), explore_actor=explore.actor.state_dict(), updates=updates,
+        )  # fmt: skip
+
+    total_updates = int((args.steps - args.prefill) / args.train_every)
+    updates, episode_return, finished = 0, np.zeros(args.n_envs), []
+    obs, _ = envs.reset(seed=args.seed)
+    zeros = np.zeros(args.n_envs)
+    reward, first, last, terminal = zeros, zeros == 0, zeros != 0, zeros != 0
+    action = np.zeros((args.n_envs, sizes.action_size), np.float32)
+    collectors = np.random.randint(0, 3, args.n_envs)  # per environment: who collects this episode
+    metrics, start = {}, time.time()
+    bar = tqdm(total=args.steps, unit="step", smoothing=0.05, mininterval=1.0)
+    for step in range(0, args.steps, args.n_envs):
+        # 1. act and store
+        collectors[first] = np.random.randint(0, 3, first.sum())
+        who = {"explore": 0, "task": 1, "random": 2}.get(args.collect, collectors) * np.ones(args.n_envs) if step >= args.prefill else np.full(args.n_envs, 2)
+        noise = held_noise(action, args.hold)
+        action = np.where((who == 2)[:, None], noise, 0.0).astype(np.float32)
+        for i, actor_critic in enumerate((explore, task)):
+            if (who == i).any():
+                chosen = Policy.of(draw, actor_critic.actor)(obs["image"], obs["vector"])
+                action = np.where((who == i)[:, None], chosen, action)
+        replay.add(image=obs["image"], vector=obs["vector"], action=action, reward=reward, is_first=first, is_last=last, is_terminal=terminal)
+        obs, reward, terminated, truncated, _ = envs.step(action)
+        episode_return += reward
+        first, last, terminal = last, terminated | truncated, terminated
+        finished += list(episode_return[last])
+        episode_return[last] = 0.0
+        bar.update(args.n_envs)
+
+        while updates < total_updates and step + args.n_envs >= args.prefill and updates < (step + args.n_envs - args.prefill) / args.train_every:
+            lr = args.lr * min(1.0, (updates + 1) / max(args.warmup, 1))
+            if args.decay:
+                lr *= 0.55 + 0.45 * np.cos(np.pi * updates / total_updates)
+            for opt in (optimizer, ensemble_optimizer):
+                opt.param_groups[0]["lr"] = lr
+            # 2. world model
+            data = replay.sample(args.batch, args.length, device)
+            soft = max(0.0, 1.0 - updates / args.soft_updates) if args.soft_updates else 0.0
+            loss, metrics, (embed, z, sigma) = world_model_loss(draw, data, args, soft)
+            optimizer.zero_grad()
+            loss.backward()
+            metrics["world_model/grad_norm"] = nn.utils.clip_grad_norm_(draw.parameters(), 1000.0)
+            optimizer.step()
+            # 3. ensemble, on what the world model just saw
+            ensemble_loss = ensemble.loss(sigma, z, data["action"], embed, data["is_first"])
+            ensemble_optimizer.zero_grad()
+            ensemble_loss.backward()
+            nn.utils.clip_grad_norm_(ensemble.parameters(), 1000.0)
+            ensemble_optimizer.step()
+            metrics["explore/ensemble_loss"] = ensemble_loss
+            # 4. actor-critics, from the posterior states of the same batch
+            if updates % args.policy_every == 0:
+                pick = torch.randperm(args.batch * args.length, device=device)[: args.starts]
+                z, sigma = z.flatten(0, 1)[pick], sigma.flatten(0, 1)[pick]  # (starts, S, K)
+                weight = 1.0 - data["is_terminal"].flatten()[pick].float()
+                explored = explore.update(draw, z, sigma, weight, explore_reward)
+                trained = task.update(draw, z, sigma, weight, task_reward)
+                policy_metrics = {f"explore/{k}": v for k, v in explored.items()} | {f"task/{k}": v for k, v in trained.items()}
+            updates += 1
+            if updates % args.log_every == 0 or updates == total_updates:
+                metrics = metrics | policy_metrics
+                if finished:
+                    metrics["collect/episode_return"] = np.mean(finished)
+                    finished = []
+                shown = logger.log(updates, metrics)
+                bar.set_postfix_str(
+                    f"updates {updates}/{total_updates} image {shown['world_model/image']:.2f} kl {shown['world_model/kl']:.1f} "
+                    f"return {shown.get('collect/episode_return', np.nan):.0f} imagined {shown['task/return']:.1f}"
+                )
+            if updates % 1000 == 0:
+                save()
+    bar.close()
+    envs.close()
+    save()
+    replay.save(run_dir / "replay")
+    logger.close()
+    print(f"wrote {run_dir}/draw.pt and {run_dir}/replay after {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main(tyro.extras.overridable_config_cli(PRESETS, description=__doc__))

@@ -1,0 +1,303 @@
+"""Stage 2: fit a residual on the logits of the latent dynamics to little, offline, reward-free target data.
+
+ReDRAW's idea: source and target look alike and differ in their dynamics, so the encoder and the heads
+of the source stay, and only the latent dynamics are corrected, before the softmax:
+
+    e_t = delta(z_{t-1}, a_{t-1})                              a small MLP, the only thing trained
+    u_t = f(z_{t-1}, sigma_{t-1}, a_{t-1}) + e_t,   sigma_t = softmax(u_t)
+    loss = KL( sg q(z_t | x_t) || Categorical(softmax(u_t)) )  first steps masked, no free bits
+
+`Rectified` below is the first two lines, `adaptation_loss` the third. The encoder is frozen, so each
+frame is encoded once, before training; no update touches an image.
+
+    python redraw_adapt.py laptop --checkpoint runs/source/draw.pt --run-dir runs/adapted \
+        --target-env-id redraw/PendulumSwingupReversed-v0 --collect-steps 10000
+
+collects runs/adapted/dataset.npz (without rewards) and writes runs/adapted/best.pt (least KL on
+held-out episodes) and last.pt. With --dataset it starts from data of yours, e.g. a robot's.
+Next: train_policy.py.
+"""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+from common import (Actor, Logger, Policy, Sizes, UserError, held_noise, kl_categorical, load_checkpoint, load_dataset, load_draw, load_policy,
+                    make_envs, mlp, pick_device, sample_onehot, save_checkpoint, save_dataset, seed_everything, unimix)  # fmt: skip
+
+
+@dataclass
+class Args:
+    checkpoint: str
+    """draw.pt of stage 1"""
+    dataset: Optional[str] = None
+    """target data, .npz or a folder of them; without it, data is collected in --target-env-id"""
+    run_dir: Optional[str] = None
+    """folder for everything this run writes (default: runs/adapt-METHOD-SEED)"""
+    overwrite: bool = False
+    """write into a folder that holds a run already"""
+    seed: int = 1
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    track: bool = False
+    """log to Weights & Biases too"""
+
+    # collecting, where the target is a simulator
+    target_env_id: Optional[str] = None
+    """a Gymnasium id, also as module:id"""
+    collect_steps: int = 40_000
+    """rows of the dataset"""
+    collect_policy: str = "zero-shot"
+    """zero-shot (the source's task policy), random, explore (the source's exploration policy), or a policy checkpoint"""
+    collect_noise: float = 0.0
+    """share of the steps, in held stretches, whose action is random instead"""
+    hold: float = 8.0
+    """mean number of steps that a random action is held"""
+    episode_steps: Optional[int] = None
+    """time limit while collecting (default: the environment's)"""
+    n_envs: int = 4
+
+    # the residual
+    method: Literal["residual", "replace", "finetune", "none"] = "residual"
+    """residual: u = f + e (ReDRAW); replace: u = e, a new dynamics function of the residual's capacity; finetune: f itself; none: zero-shot"""
+    hidden: int = 256
+    """units of the residual's hidden layer"""
+    layers: int = 1
+    """its hidden layers"""
+    use_sigma: bool = False
+    """let the residual see sigma_{t-1} too; the authors found that without is better"""
+    members: int = 1
+    """residuals trained side by side, whose corrections are averaged"""
+    lr: float = 1e-2
+    updates: int = 3_000_000
+    batch: int = 16
+    """B, sequences per update"""
+    length: int = 64
+    """T, steps per sequence"""
+    holdout: float = 0.1
+    """share of the episodes kept out of training"""
+    log_every: int = 1000
+    """updates between two evaluations on train and held-out episodes"""
+
+
+PRESETS = {
+    "laptop": (
+        "a minute on two CPU cores",
+        Args(checkpoint=tyro.MISSING, collect_steps=10_000, collect_noise=0.5, episode_steps=100, lr=3e-3, updates=2000, batch=64, length=8, log_every=100),
+    ),
+    "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING)),
+}
+
+
+class Rectified(nn.Module):
+    """The latent dynamics of the target: f of the source plus the residual, one function (z, sigma, a) -> u.
+
+    A drop-in for DRAW.dynamics, used here and by train_policy.py.
+
+    Args:
+        draw: the frozen world model.
+        method: "residual", "replace", "finetune" or "none", see Args.
+        hidden, layers, use_sigma, members: of the residual, see Args.
+    """
+
+    def __init__(self, draw, method="none", hidden=256, layers=1, use_sigma=False, members=1):
+        super().__init__()
+        self.options = {"method": method, "hidden": hidden, "layers": layers, "use_sigma": use_sigma, "members": members}
+        self.draw = [draw]  # in a list, so that the world model's weights are not counted as this module's
+        self.method, self.use_sigma = method, use_sigma
+        S, K, A = draw.sizes.S, draw.sizes.K, draw.sizes.action_size
+        n = members if method in ("residual", "replace") else 0
+        # A residual starts at zero, so that training starts from the source's dynamics.
+        self.delta = nn.ModuleList(
+            mlp(S * K * (2 if use_sigma else 1) + A, hidden, layers, S * K, out_scale=0.0 if method == "residual" else 1.0) for _ in range(n)
+        )
+
+    def residual(self, z, sigma, action):
+        """e_t = delta(z_{t-1}, a_{t-1}), the mean over members; (..., S, K) from (..., S, K), (..., S, K), (..., A)"""
+        z, sigma = z.detach(), sigma.detach()  # the inputs of delta carry no gradient
+        inputs = [z.flatten(-2)] + [sigma.flatten(-2)] * self.use_sigma + [action / action.abs().clamp(min=1.0)]
+        x = torch.cat(inputs, -1)
+        return torch.stack([delta(x) for delta in self.delta]).mean(0).unflatten(-1, z.shape[-2:])
+
+    def forward(self, z, sigma, action):
+        """u_t = f(z_{t-1}, sigma_{t-1}, a_{t-1}) + e_t, (..., S, K)"""
+        if self.method == "residual":
+            return self.draw[0].dynamics(z, sigma, action) + self.residual(z, sigma, action)
+        if self.method == "replace":
+            return self.residual(z, sigma, action)
+        return self.draw[0].dynamics(z, sigma, action)
+
+    def log_prior(self, u):
+        """log p(z_t | ...), (..., S, K). The rectified distribution has no unimix; DRAW's own keeps it."""
+        return u.log_softmax(-1) if self.method in ("residual", "replace") else unimix(u)
+
+
+def adaptation_loss(draw, rectified, q, z, action, is_first):
+    """KL( sg q(z_t | x_t) || Categorical(softmax(u_t)) ) along replayed target sequences.
+
+    Args:
+        q: log-probabilities of the posterior (B, T, S, K), from the frozen encoder.
+        z: samples of it (B, T, S, K).
+        action: (B, T, A), taken AT x_t.
+        is_first: bool (B, T).
+    Returns:
+        (B, T), 0 at first steps, and the mask (B, T) of the other steps.
+    """
+    mask = ~is_first.clone()
+    mask[:, 0] = False
+    u = draw.observe(z, action, is_first, dynamics=rectified)  # (B, T, S, K); sigma fed back is the rectified one
+    return kl_categorical(q.detach(), rectified.log_prior(u)) * mask, mask
+
+
+@torch.no_grad()
+def encode_dataset(draw, dataset, device, chunk=1024):
+    """log q(z_t | x_t) of every row, once: (N, S, K) on `device`"""
+    out = []
+    for i in tqdm(range(0, len(dataset["is_first"]), chunk), desc="encoding", unit="chunk", mininterval=1.0):
+        image = torch.from_numpy(dataset["image"][i : i + chunk]).to(device)
+        vector = torch.from_numpy(dataset["vector"][i : i + chunk]).to(device)
+        out.append(draw.posterior(draw.encoder(image, vector)))
+    return torch.cat(out)
+
+
+def load_rectified(checkpoint, draw, device):
+    """The dynamics of a checkpoint of stage 1 (f alone) or 2 (rectified), frozen."""
+    rectified = Rectified(draw, **checkpoint.get("rectified_options", {})).to(device)
+    rectified.load_state_dict(checkpoint.get("rectified", {}))
+    return rectified.requires_grad_(False)
+
+
+def collect(args, checkpoint, draw, sizes, device):
+    """Records args.collect_steps rows in the target: dict of arrays as in common.load_dataset, WITHOUT rewards."""
+    if args.collect_policy == "random":
+        policy = None
+    elif args.collect_policy in ("zero-shot", "explore"):
+        actor = Actor(sizes).to(device)
+        actor.load_state_dict(checkpoint["task_actor" if args.collect_policy == "zero-shot" else "explore_actor"])
+        policy = Policy.of(draw, actor)
+    else:
+        policy = load_policy(args.collect_policy, device)
+    envs = make_envs(args.target_env_id, args.n_envs, sizes.image_size, args.episode_steps)
+    spaces, A = envs.single_observation_space, envs.single_action_space.shape[0]
+    if (spaces["image"].shape[0], spaces["vector"].shape[0], A) != (sizes.image_size, sizes.vector_size, sizes.action_size):
+        raise UserError(f"{args.target_env_id} and the checkpoint differ in image, vector or action size: {spaces}, A = {A}, checkpoint {sizes}")
+    obs, _ = envs.reset(seed=args.seed + 10_000)
+    n = args.n_envs
+    rows = {k: [] for k in ("image", "vector", "action", "is_first", "is_last", "is_terminal")}
+    first, last, terminal = np.ones(n, bool), np.zeros(n, bool), np.zeros(n, bool)
+    noise, noisy = np.zeros((n, A), np.float32), np.zeros(n, bool)
+    for _ in tqdm(range(args.collect_steps // n), desc="collecting", unit="step", unit_scale=n, mininterval=1.0):
+        redraw = np.random.rand(n) < 1.0 / args.hold
+        noisy = np.where(redraw, np.random.rand(n) < args.collect_noise, noisy)
+        noise = held_noise(noise, args.hold)
+        action = noise if policy is None else np.where(noisy[:, None], noise, policy(obs["image"], obs["vector"])).astype(np.float32)
+        for key, value in zip(rows, (obs["image"], obs["vector"], action, first, last, terminal)):
+            rows[key].append(value)
+        obs, _, terminated, truncated, _ = envs.step(action)
+        first, last, terminal = last, terminated | truncated, terminated
+    envs.close()
+    # (steps, n, ...) -> one environment after the other; each stream starts a sequence
+    rows["is_first"][0] = np.ones(n, bool)
+    return {k: np.concatenate(np.stack(v, 1)) for k, v in rows.items()}
+
+
+def main(args):
+    if args.dataset is None and args.target_env_id is None:
+        raise UserError("give --dataset, or --target-env-id to collect one")
+    seed_everything(args.seed)
+    device = pick_device(args.device)
+    checkpoint = load_checkpoint(args.checkpoint, ("draw_pretrain",), device)
+    sizes = Sizes(**checkpoint["sizes"])
+    draw = load_draw(checkpoint, device)
+    dataset = load_dataset(args.dataset, sizes.image_size, sizes.vector_size, sizes.action_size) if args.dataset else None
+    run_dir = Path(args.run_dir or f"runs/adapt-{args.method}-{args.seed}")
+    logger = Logger(run_dir, args, args.track, args.overwrite)
+    if dataset is None:
+        dataset = collect(args, checkpoint, draw, sizes, device)
+        save_dataset(run_dir / "dataset.npz", dataset)
+
+    # Held out: whole episodes. The rows of each part stay in order, so sequences can be cut from them.
+    episode = np.cumsum(dataset["is_first"]) - 1  # (N,), number of the episode of each row
+    n_episodes = episode[-1] + 1
+    if n_episodes < 2:
+        raise UserError("the dataset holds one episode, so none can be held out; record at least two")
+    held_out = np.isin(episode, np.random.permutation(n_episodes)[: max(1, round(args.holdout * n_episodes))])
+    rows = {"train": np.flatnonzero(~held_out), "held-out": np.flatnonzero(held_out)}
+    if min(map(len, rows.values())) < args.length:
+        raise UserError(f"too little data for sequences of --length {args.length}: { {k: len(v) for k, v in rows.items()} } rows")
+
+    # Each frame is encoded once, ever; from here on no image is touched.
+    posterior = encode_dataset(draw, dataset, device)  # log q(z_t | x_t), (N, S, K)
+    action = torch.from_numpy(dataset["action"]).to(device)  # (N, A)
+    is_first = torch.from_numpy(dataset["is_first"]).to(device)  # (N,)
+
+    rectified = Rectified(draw, args.method, args.hidden, args.layers, args.use_sigma, args.members).to(device)
+    trained = list(rectified.parameters())
+    if args.method == "finetune":
+        trained = list(draw.dynamics_net.requires_grad_(True).parameters())
+    optimizer = torch.optim.Adam(trained, lr=args.lr, eps=1e-8, fused=True) if trained else None
+
+    def loss_of(part, start):
+        """(kl, mask), (B, T) each, of sequences that begin at the `start`-th rows (B,) of a part of the data"""
+        t = torch.from_numpy(rows[part][start[:, None] + np.arange(args.length)]).to(device)  # (B, T)
+        q = posterior[t]  # (B, T, S, K)
+        return adaptation_loss(draw, rectified, q, sample_onehot(q), action[t], is_first[t])
+
+    @torch.no_grad()
+    def mean_kl(part, most=2000):
+        """Mean KL in nats over (at most `most`) consecutive sequences of a part; the same ones each time."""
+        starts = np.arange(0, len(rows[part]) - args.length + 1, args.length)
+        starts = starts[:: max(1, len(starts) // most)]
+        pairs = [loss_of(part, s) for s in np.array_split(starts, max(1, len(starts) // 256))]
+        return float(sum(kl.sum() for kl, _ in pairs) / sum(mask.sum() for _, mask in pairs))
+
+    def save(name):
+        save_checkpoint(
+            run_dir / name, stage="redraw_adapt", args=dataclasses.asdict(args), sizes=checkpoint["sizes"], draw=draw.state_dict(),
+            rectified=rectified.state_dict(), rectified_options=rectified.options, source_args=checkpoint["args"], updates=update,
+        )  # fmt: skip
+
+    update, start_time = 0, time.time()
+    kl = {part: mean_kl(part) for part in rows}
+    before, best = dict(kl), np.inf
+    bar = tqdm(total=args.updates if optimizer else 0, unit="update", mininterval=1.0)
+    while True:
+        if update % args.log_every == 0 or update == args.updates:
+            kl = {part: mean_kl(part) for part in rows}
+            logger.log(update, {f"adapt/kl_{part}": v for part, v in kl.items()})
+            bar.set_postfix_str(f"KL train {before['train']:.2f} -> {kl['train']:.2f}, held-out {before['held-out']:.2f} -> {kl['held-out']:.2f}")
+            if kl["held-out"] < best:
+                best = kl["held-out"]
+                save("best.pt")
+        if optimizer is None or update == args.updates:
+            break
+        kl_t, mask = loss_of("train", np.random.randint(0, len(rows["train"]) - args.length + 1, args.batch))
+        loss = kl_t.sum() / mask.sum().clamp(min=1)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1000.0)
+        optimizer.step()
+        update += 1
+        bar.update()
+    bar.close()
+    save("last.pt")
+    logger.close()
+    result = {"episodes": int(n_episodes), "rows": len(episode), "before": before, "last": kl, "best_held_out": best}
+    (run_dir / "result.json").write_text(json.dumps(result, indent=1))
+    print(f"{args.method}, {n_episodes} episodes, {len(episode)} rows. KL(q || p) per step in nats:")
+    print(f"  train     {before['train']:7.3f} -> {kl['train']:7.3f}")
+    print(f"  held-out  {before['held-out']:7.3f} -> {kl['held-out']:7.3f}   best {best:.3f}")
+    print(f"wrote {run_dir}/best.pt and last.pt after {time.time() - start_time:.0f} s")
+
+
+if __name__ == "__main__":
+    main(tyro.extras.overridable_config_cli(PRESETS, description=__doc__))

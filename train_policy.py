@@ -1,0 +1,211 @@
+"""Stage 3: train a policy in imagination, under the source's or the rectified dynamics, and evaluate it.
+
+No environment is needed to train: trajectories start from posterior states of a dataset and follow
+
+    a_t ~ pi(z_t),   u_{t+1} = f(z_t, sigma_t, a_t) + e_{t+1},   sigma_{t+1} = softmax(u_{t+1}),   z_{t+1} ~ p
+
+for H steps. With r_{t+1} and c_{t+1} the predicted reward and continue of ARRIVING at step t+1:
+
+    R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),   R_H = v_H,   v = critic mean
+    w_t = prod_{k <= t} gamma c_k
+    scale = max(1, EMA_0.99 of [percentile_95(R) - percentile_5(R)])
+    actor:  -w_t (log pi(a_t) sg((R_t - v_t) / scale) + 3e-4 entropy)
+    critic: -w_t (log p(R_t) + log p(mean of the slow critic)),   slow = 2 % EMA each update
+
+    python train_policy.py laptop --checkpoint runs/adapted/best.pt --dataset runs/adapted/dataset.npz \
+        --eval-env-ids redraw/PendulumSwingupReversed-v0 --run-dir runs/policy
+
+writes runs/policy/policy.pt (encoder, posterior and actor: all that deployment needs), eval.json and
+a video of one episode per environment.
+"""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional, Tuple
+
+import imageio
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+from common import (Actor, Critic, Logger, Policy, Sizes, UserError, evaluate, load_checkpoint, load_dataset, load_draw, mean_and_interval, pick_device,
+                    sample_onehot, save_checkpoint, seed_everything, twohot_log_prob, twohot_mean)  # fmt: skip
+from redraw_adapt import encode_dataset, load_rectified
+
+
+@dataclass
+class Args:
+    checkpoint: str
+    """draw.pt of stage 1, or best.pt / last.pt of stage 2"""
+    dataset: str
+    """start states: a .npz file or a folder of them, e.g. runs/source/replay or runs/adapted/dataset.npz; rewards are not used"""
+    eval_env_ids: Tuple[str, ...] = ()
+    """environments to evaluate in, Gymnasium ids, also as module:id"""
+    run_dir: Optional[str] = None
+    """folder for everything this run writes (default: runs/policy-SEED)"""
+    overwrite: bool = False
+    """write into a folder that holds a run already"""
+    seed: int = 1
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    track: bool = False
+    """log to Weights & Biases too"""
+
+    updates: int = 100_000
+    batch: int = 16
+    """B, sequences of start states per update"""
+    length: int = 64
+    """T, steps of each, so B * T imagined trajectories"""
+    horizon: int = 40
+    """H"""
+    gamma: float = 1 - 1 / 333
+    lam: float = 0.95
+    entropy: float = 3e-4
+    lr: float = 3e-5
+    actor_grad: Literal["reinforce", "dynamics"] = "reinforce"
+    """how the actor learns: REINFORCE, or the return's gradient through the dynamics (straight-through)"""
+    eval_every: int = 10_000
+    """updates between evaluations, 0: only at the end"""
+    eval_episodes: int = 10
+    log_every: int = 100
+    """updates between two lines in the logs"""
+
+
+PRESETS = {
+    "laptop": (
+        "minutes on two CPU cores",
+        Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING, updates=2500, batch=32, length=8, horizon=15, lr=3e-4, eval_every=0),
+    ),
+    "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING)),
+}
+
+
+def main(args):
+    seed_everything(args.seed)
+    device = pick_device(args.device)
+    torch.set_flush_denormal(True)
+    checkpoint = load_checkpoint(args.checkpoint, ("draw_pretrain", "redraw_adapt"), device)
+    sizes = Sizes(**checkpoint["sizes"])
+    dataset = load_dataset(args.dataset, sizes.image_size, sizes.vector_size, sizes.action_size)
+    if len(dataset["is_first"]) < args.length:
+        raise UserError(f"{args.dataset} holds {len(dataset['is_first'])} rows, fewer than --length {args.length}")
+    draw = load_draw(checkpoint, device)
+    rectified = load_rectified(checkpoint, draw, device)
+    run_dir = Path(args.run_dir or f"runs/policy-{args.seed}")
+    logger = Logger(run_dir, args, args.track, args.overwrite)
+
+    # The encoder is frozen: each frame is encoded once, and no update touches an image.
+    posterior = encode_dataset(draw, dataset, device)  # log q(z_t | x_t), (N, S, K)
+    data_action = torch.from_numpy(dataset["action"]).to(device)  # (N, A)
+    is_first = torch.from_numpy(dataset["is_first"]).to(device)  # (N,)
+    is_terminal = torch.from_numpy(dataset["is_terminal"]).to(device)  # (N,)
+    del dataset
+
+    # Actor and critic start from scratch.
+    actor, critic, slow_critic = Actor(sizes).to(device), Critic(sizes).to(device), Critic(sizes).to(device)
+    slow_critic.load_state_dict(critic.state_dict())
+    policy = Policy.of(draw, actor)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.lr, eps=1e-5, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.lr, eps=1e-5, fused=True)
+    range_ema = torch.zeros((), device=device)
+    H = args.horizon
+
+    start_time = time.time()
+    bar = tqdm(range(1, args.updates + 1), unit="update", mininterval=1.0)
+    for update in bar:
+        # Starts: posterior states (z, sigma) of replayed sequences; sigma is the rectified belief.
+        with torch.no_grad():
+            start = torch.randint(0, len(is_first) - args.length + 1, (args.batch, 1), device=device)
+            t = start + torch.arange(args.length, device=device)  # (B, T)
+            z = sample_onehot(posterior[t])  # (B, T, S, K)
+            sigma = draw.observe(z, data_action[t], is_first[t], dynamics=rectified).softmax(-1)
+            z, sigma = z.flatten(0, 1), sigma.flatten(0, 1)  # (B*T, S, K)
+            alive = 1.0 - is_terminal[t].flatten().float()  # (B*T,), nothing follows a terminal state
+
+        # Imagination. REINFORCE needs no gradient through it.
+        with torch.set_grad_enabled(args.actor_grad == "dynamics"):
+            zs, actions = [z], []
+            for _ in range(H):
+                pi = actor(z.detach())
+                action = pi.rsample()  # (B*T, A)
+                u = rectified(z, sigma, action)  # (B*T, S, K)
+                sigma = u.softmax(-1)
+                z = sample_onehot(rectified.log_prior(u))
+                zs.append(z)
+                actions.append(action)
+            zs, actions = torch.stack(zs), torch.stack(actions)  # (H+1, B*T, S, K): z_0 .. z_H; (H, B*T, A): a_0 .. a_{H-1}
+            reward = draw.reward(zs[1:])  # (H, B*T): r_1 .. r_H
+            discount = args.gamma * draw.cont(zs[1:])  # (H, B*T): gamma c_1 .. gamma c_H
+        weight = torch.cat([alive[None], alive * discount[:-1].detach().cumprod(0)])  # (H, B*T): w_0 .. w_{H-1}
+
+        # Returns, from the last step backwards.
+        logits = critic(zs.detach())  # (H+1, B*T, BINS)
+        value = twohot_mean(logits.detach() if args.actor_grad == "reinforce" else critic(zs))  # (H+1, B*T)
+        R, returns = value[-1], []
+        for k in reversed(range(H)):
+            R = reward[k] + discount[k] * ((1 - args.lam) * value[k + 1] + args.lam * R)
+            returns.insert(0, R)
+        returns = torch.stack(returns)  # (H, B*T): R_0 .. R_{H-1}
+        p5, p95 = torch.quantile(returns.detach().flatten(), torch.tensor([0.05, 0.95], device=device))
+        range_ema = 0.99 * range_ema + 0.01 * (p95 - p5)
+        scale = range_ema.clamp(min=1.0)
+
+        # Actor.
+        pi = actor(zs[:-1].detach())
+        entropy = pi.entropy().sum(-1)  # (H, B*T)
+        if args.actor_grad == "reinforce":
+            objective = pi.log_prob(actions).sum(-1) * (returns - value[:-1]) / scale
+        else:
+            objective = returns / scale
+        actor_loss = -(weight * (objective + args.entropy * entropy)).mean()
+        actor_optimizer.zero_grad()
+        actor_loss.backward()
+        nn.utils.clip_grad_norm_(actor.parameters(), 100.0)
+        actor_optimizer.step()
+
+        # Critic.
+        with torch.no_grad():
+            slow_value = twohot_mean(slow_critic(zs[:-1]))  # (H, B*T)
+        critic_loss = -(weight * (twohot_log_prob(logits[:-1], returns.detach()) + twohot_log_prob(logits[:-1], slow_value))).mean()
+        critic_optimizer.zero_grad()
+        critic_loss.backward()
+        nn.utils.clip_grad_norm_(critic.parameters(), 100.0)
+        critic_optimizer.step()
+        with torch.no_grad():
+            for slow, fast in zip(slow_critic.parameters(), critic.parameters()):
+                slow.lerp_(fast, 0.02)
+
+        if update % args.log_every == 0:
+            metrics = {
+                "policy/imagined_return": returns.mean(), "policy/imagined_reward": reward.mean(), "policy/entropy": entropy.mean(),
+                "policy/scale": scale, "policy/actor_loss": actor_loss, "policy/critic_loss": critic_loss,
+            }  # fmt: skip
+            shown = logger.log(update, metrics)
+            bar.set_postfix_str(f"imagined return {shown['policy/imagined_return']:.1f} reward {shown['policy/imagined_reward']:.3f} entropy {shown['policy/entropy']:.2f}")
+        if args.eval_every and update % args.eval_every == 0 and update < args.updates:
+            for env_id in args.eval_env_ids:
+                returns, _ = evaluate(env_id, policy, args.eval_episodes, args.seed + 20_000, sizes.image_size)
+                logger.log(update, {f"eval/{env_id}": returns.mean()})
+                bar.write(f"update {update}: {env_id} return {returns.mean():.1f}")
+
+    save_checkpoint(run_dir / "policy.pt", stage="train_policy", args=dataclasses.asdict(args), sizes=checkpoint["sizes"], policy=policy.state_dict())
+    print(f"wrote {run_dir}/policy.pt after {time.time() - start_time:.0f} s")
+    results = {}
+    for env_id in args.eval_env_ids:
+        returns, frames = evaluate(env_id, policy, args.eval_episodes, args.seed + 20_000, sizes.image_size)
+        mean, half = mean_and_interval(returns)
+        results[env_id] = {"mean": mean, "ci95": half, "returns": returns.tolist()}
+        logger.log(args.updates, {f"eval/{env_id}": mean})
+        imageio.mimsave(run_dir / f"{env_id.split('/')[-1].split(':')[-1]}.gif", [f.repeat(4, 0).repeat(4, 1) for f in frames[::2]], duration=0.08)
+        print(f"{env_id}: return {mean:.1f} +- {half:.1f} (95 % interval, {args.eval_episodes} episodes)")
+    (run_dir / "eval.json").write_text(json.dumps(results, indent=1))
+    logger.close()
+
+
+if __name__ == "__main__":
+    main(tyro.extras.overridable_config_cli(PRESETS, description=__doc__))
