@@ -18,10 +18,6 @@ import json
 import os
 import random
 import sys
-import tempfile
-import time
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,7 +119,7 @@ class DMCEnv(gym.Env):
     def render(self):
         image = self.camera.render()
         if self.shrink > 1:
-            image = image.reshape(self.image_size, self.shrink, self.image_size, self.shrink, 3).mean((1, 3))
+            image = image.reshape(self.image_size, self.shrink, self.image_size, self.shrink, 3).mean((1, 3)) + 0.5
         return image.astype(np.uint8)
 
     def close(self):
@@ -184,6 +180,15 @@ def make_envs(env_id, n, image_size=None, episode_steps=None):
     return envs
 
 
+def check_sizes(env_id, envs, sizes):
+    """Raises UserError if an environment's observations and actions are not those of a checkpoint."""
+    spaces = envs.single_observation_space
+    has = (spaces["image"].shape[0], spaces["vector"].shape[0], envs.single_action_space.shape[0])
+    wants = (sizes.image_size, sizes.vector_size, sizes.action_size)
+    if has != wants:
+        raise UserError(f"{env_id} has (image, vector, action) sizes {has}, the checkpoint was trained with {wants}")
+
+
 def held_noise(previous, hold):
     """Random actions that stay for a geometrically distributed time, `hold` steps on average.
 
@@ -217,14 +222,6 @@ def evaluate(env_id, policy, episodes, seed, image_size=None):
         running &= ~(terminated | truncated)
     envs.close()
     return returns, np.stack(frames)
-
-
-def mean_and_interval(returns):
-    """Mean and half-width of the 95 % confidence interval (Student's t) of `returns` (n,), n >= 2."""
-    from scipy.stats import t
-
-    n = len(returns)
-    return float(np.mean(returns)), float(t.ppf(0.975, n - 1) * np.std(returns, ddof=1) / np.sqrt(n))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -307,7 +304,8 @@ class Sizes:
     cnn_depth: int = 32  # channels of the first convolution; each further one doubles them
     vector_units: int = 1024
     vector_layers: int = 5
-    units: int = 512  # of posterior, dynamics, heads, actor and critic
+    units: int = 512  # of posterior, dynamics and heads
+    actor_units: int = 512  # of actor and critic
 
 
 def init_weights(layer, scale=1.0):
@@ -374,8 +372,9 @@ class Decoder(nn.Module):
         )
         layers = []
         for _ in range(n - 1):
-            layers += [init_weights(nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False)), ChannelNorm(channels // 2, eps=1e-3), nn.SiLU()]
+            up = nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False)
             channels //= 2
+            layers += [init_weights(up), ChannelNorm(channels, eps=1e-3), nn.SiLU()]
         self.cnn = nn.Sequential(*layers, init_weights(nn.ConvTranspose2d(channels, 3, 4, 2, 1)))
 
     def forward(self, z):
@@ -385,7 +384,7 @@ class Decoder(nn.Module):
 
 
 class DRAW(nn.Module):
-    """The Dynamics-learning Recurrent-free world model with a discrete latent state.
+    """DRAW, the world model with a discrete latent state and no recurrence in it.
 
         posterior   q(z_t | x_t) = Categorical^S(unimix(MLP(embed_t)))
         dynamics    u_t = f(z_{t-1}, sigma_{t-1}, a_{t-1}),   sigma_t = softmax(u_t)
@@ -471,7 +470,7 @@ class Actor(nn.Module):
 
     def __init__(self, sizes):
         super().__init__()
-        self.net = mlp(sizes.S * sizes.K, sizes.units, 2, 2 * sizes.action_size)
+        self.net = mlp(sizes.S * sizes.K, sizes.actor_units, 2, 2 * sizes.action_size)
 
     def forward(self, z):
         """z (..., S, K) -> torch.distributions.Normal over (..., A)"""
@@ -484,7 +483,7 @@ class Critic(nn.Module):
 
     def __init__(self, sizes):
         super().__init__()
-        self.net = mlp(sizes.S * sizes.K, sizes.units, 2, BINS, out_scale=0.0)
+        self.net = mlp(sizes.S * sizes.K, sizes.actor_units, 2, BINS, out_scale=0.0)
 
     def forward(self, z):
         """z (..., S, K) -> logits (..., BINS)"""
@@ -528,18 +527,17 @@ class Policy(nn.Module):
 def write_atomically(path, write):
     """Calls write(file) on a temporary file beside `path`, then renames it: no half file is ever seen."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(fd, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
             write(file)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
         os.replace(temporary, path)
-    except BaseException as e:
-        os.unlink(temporary)
-        if isinstance(e, OSError):
-            raise UserError(f"can't write {path}: {e.strerror}") from e
-        raise
+    except OSError as e:
+        raise UserError(f"can't write {path}: {e.strerror or e}") from e
+    finally:
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
 
 
 def save_dataset(path, rows):
@@ -570,9 +568,11 @@ def load_dataset(path, image_size=None, vector_size=None, action_size=None):
             with np.load(file, allow_pickle=False) as npz:
                 wanted = ("image", "vector", "action", "reward", "is_first", "is_last", "is_terminal")
                 renamed = {"image_complement": "vector", "yaw_and_forward_vel": "vector"}
-                chunk = {renamed.get(k, k): npz[k] for k in npz.files if renamed.get(k, k) in wanted}
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError, KeyError, zlib.error) as e:
-            raise UserError(f"{file} can't be read as a .npz dataset ({e}); is it complete?") from e
+                chunk = {renamed.get(k, k): np.asarray(npz[k]) for k in npz.files if renamed.get(k, k) in wanted}
+            if any(v.dtype.kind not in "biuf" for v in chunk.values()):
+                raise ValueError("an array does not hold numbers")
+        except Exception as e:  # NumPy and zipfile raise many kinds for a foreign, damaged or pickled file
+            raise UserError(f"{file} can't be read as a .npz dataset ({type(e).__name__}: {e}); is it complete?") from e
         missing = {"image", "vector", "action", "is_first"} - set(chunk)
         if missing:
             raise UserError(f"{file} lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(chunk)) or 'nothing of use'}")
@@ -585,7 +585,7 @@ def load_dataset(path, image_size=None, vector_size=None, action_size=None):
                                  ("is_first", bool, 1), ("is_last", bool, 1), ("is_terminal", bool, 1)):  # fmt: skip
             if key not in chunk:
                 continue
-            if chunk[key].ndim != ndim or chunk[key].dtype.kind not in "biuf" or (key == "image" and chunk[key].dtype != np.uint8):
+            if chunk[key].ndim != ndim or (key == "image" and chunk[key].dtype != np.uint8):
                 raise UserError(f"{file}: {key} must be {np.dtype(dtype).name} with {ndim} dimensions, it is {chunk[key].dtype} {chunk[key].shape}")
             chunk[key] = chunk[key].astype(dtype, copy=False)
             if dtype is np.float32 and not np.isfinite(chunk[key]).all():
@@ -606,15 +606,6 @@ def load_dataset(path, image_size=None, vector_size=None, action_size=None):
     for key in keys:  # file by file, so that no more than one copy of the images is in memory
         dataset[key] = chunks[0][key] if len(chunks) == 1 else np.concatenate([c.pop(key) for c in chunks])
     return dataset
-
-
-def sample_sequences(is_first, batch, length, rng):
-    """Row numbers (B, T) of random sequences of a dataset, drawn uniformly over the rows.
-
-    A sequence may run over an episode's end: the model restarts its belief where is_first says so.
-    """
-    starts = rng.integers(0, len(is_first) - length + 1, batch)
-    return starts[:, None] + np.arange(length)
 
 
 def save_checkpoint(path, **contents):
@@ -671,11 +662,21 @@ def seed_everything(seed):
 
 def pick_device(name):
     """'auto' is CUDA where there is one, else the CPU."""
+    torch.set_flush_denormal(True)  # CPUs are many times slower on the tiny numbers that Adam leaves behind
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    return torch.device(name)
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name} can't be used here, try auto or cpu ({str(e).splitlines()[0]})") from e
+
+
+def check_positive(args, *names):
+    """Raises UserError for a flag that must be above zero and is not."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, it is {value}")
 
 
 class Logger:
@@ -691,8 +692,14 @@ class Logger:
         self.dir = Path(run_dir)
         if (self.dir / "args.json").exists() and not overwrite:
             raise UserError(f"{run_dir} holds a run already; choose another --run-dir or add --overwrite")
-        self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1, default=str))
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            for old in self.dir.glob("events.out.tfevents.*"):
+                old.unlink()
+            self.file = open(self.dir / "metrics.csv", "w", newline="")
+            (self.dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1, default=str))
+        except OSError as e:
+            raise UserError(f"can't write into --run-dir {run_dir}: {e.strerror}") from e
         self.wandb = None
         if track:
             try:
@@ -701,10 +708,8 @@ class Logger:
                 raise UserError("--track needs Weights & Biases: pip install wandb") from e
             self.wandb = wandb.init(project="redraw", name=self.dir.name, config=dataclasses.asdict(args), dir=str(self.dir))
         self.tensorboard = SummaryWriter(str(self.dir))
-        self.file = open(self.dir / "metrics.csv", "w", newline="")
         self.csv = csv.writer(self.file)
         self.csv.writerow(["step", "metric", "value"])
-        self.start = time.time()
 
     def log(self, step, metrics):
         """metrics: dict of name -> number or 0-d tensor"""

@@ -31,7 +31,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from common import (DRAW, Actor, Critic, Logger, Policy, Sizes, UserError, held_noise, kl_categorical, make_envs, mlp, pick_device,
+from common import (DRAW, Actor, Critic, Logger, Policy, Sizes, UserError, check_positive, held_noise, kl_categorical, make_envs, mlp, pick_device,
                     sample_onehot, save_checkpoint, save_dataset, seed_everything, symlog, twohot_log_prob, twohot_mean, unimix)  # fmt: skip
 
 
@@ -73,6 +73,7 @@ class Args:
     vector_units: int = 1024
     vector_layers: int = 5
     units: int = 512
+    actor_units: int = 512
     batch: int = 16
     """B, sequences per update"""
     length: int = 64
@@ -88,6 +89,8 @@ class Args:
     """weight of the image loss; it is summed over pixels, so small images want a larger one"""
     vector_scale: float = 1.0
     """weight of the vector loss"""
+    reward_scale: float = 1.0
+    """weight of the reward loss"""
     soft_updates: int = 0
     """updates over which the latent fades from probabilities to samples; shortens the blurred phase"""
 
@@ -102,6 +105,8 @@ class Args:
     lam: float = 0.95
     entropy: float = 3e-4
     actor_lr: float = 3e-5
+    return_floor: float = 1.0
+    """least scale that the task's advantages are divided by; sparse rewards and short runs want a smaller one"""
     ensemble: int = 8
     """members"""
     ensemble_target: int = 0
@@ -115,9 +120,10 @@ PRESETS = {
     "laptop": (
         "minutes on two CPU cores: 32x32 images, small networks, short episodes",
         Args(
-            steps=40_000, episode_steps=100, image_size=32, collect="mixed", prefill=8_000, hold=8.0, replay_size=200_000,
-            S=32, K=4, cnn_depth=16, vector_units=64, vector_layers=2, units=256, batch=32, length=8, train_every=4.0,
-            lr=1e-3, warmup=200, decay=True, image_scale=4.0, soft_updates=500, horizon=15, starts=256, policy_every=4, actor_lr=3e-4, ensemble=5, ensemble_target=64,
+            steps=40_000, episode_steps=40, image_size=32, collect="mixed", prefill=16_000, hold=8.0, replay_size=200_000,
+            S=32, K=4, cnn_depth=8, vector_units=64, vector_layers=2, units=128, actor_units=128, batch=32, length=8, train_every=12.0,
+            lr=3e-3, warmup=100, decay=True, image_scale=300.0, vector_scale=100.0, reward_scale=20.0, soft_updates=500,
+            horizon=15, gamma=0.99, starts=128, policy_every=8, actor_lr=1e-3, return_floor=0.01, ensemble=5, ensemble_target=64,
         ),
     ),
     "paper": ("the paper's sizes: one CUDA GPU, about a day", Args()),
@@ -160,12 +166,12 @@ class Replay:
 
     def save(self, folder, rows_per_file=10_000):
         """Writes one dataset folder; each file is a stretch of one environment's rows, oldest first."""
-        oldest = self.added - len(self)
+        for old in Path(folder).glob("*.npz"):
+            old.unlink()  # of a run that this one overwrites
+        rows = np.arange(self.added - len(self), self.added)
         for env in range(len(self.data["reward"])):
-            for i in range(0, len(self), rows_per_file):
-                t = (oldest + np.arange(i, min(i + rows_per_file, len(self)))) % self.length
-                if len(t) >= 2:
-                    save_dataset(Path(folder) / f"env{env:02d}-{i:09d}.npz", {k: v[env, t] for k, v in self.data.items()})
+            for i, part in enumerate(np.array_split(rows, -(-len(rows) // rows_per_file))):
+                save_dataset(Path(folder) / f"env{env:03d}-{i:05d}.npz", {k: v[env, part % self.length] for k, v in self.data.items()})
 
 
 def world_model_loss(draw, data, args, soft):
@@ -197,7 +203,7 @@ def world_model_loss(draw, data, args, soft):
     kl_rep = kl_categorical(q, p.detach())  # (B, T), makes the latent predictable
     kl = (1.5 * kl_dyn.clamp(min=1.0) + 0.5 * kl_rep.clamp(min=1.0)) * ~first
 
-    loss = (args.image_scale * image + args.vector_scale * vector + reward + cont + kl).mean()
+    loss = (args.image_scale * image + args.vector_scale * vector + args.reward_scale * reward + cont + kl).mean()
     metrics = {
         "world_model/loss": loss, "world_model/image": image.mean(), "world_model/vector": vector.mean(), "world_model/reward": reward.mean(),
         "world_model/continue": cont.mean(), "world_model/kl": (kl_dyn * ~first).sum() / (~first).sum(),
@@ -236,7 +242,7 @@ class ActorCritic:
     """An actor and a critic trained in imagination (REINFORCE, lambda-returns, two-hot critic).
 
         R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),   v = critic mean
-        scale = max(floor, EMA_0.99 of [percentile_95(R) - percentile_5(R)])
+        scale = max(return_floor, EMA_0.99 of [percentile_95(R) - percentile_5(R)])
         actor:  -w_t (log pi(a_t) sg((R_t - v_t) / scale) + 3e-4 entropy)
         critic: -w_t (log p(R_t) + log p(mean of the slow critic)),   slow = 2 % EMA each update
 
@@ -301,17 +307,21 @@ class ActorCritic:
 
 
 def main(args):
+    check_positive(args, "steps", "n_envs", "episode_steps", "image_size", "hold", "batch", "length", "train_every", "horizon", "starts", "log_every",
+                   "policy_every", "ensemble", "S", "K", "cnn_depth", "units", "actor_units", "vector_units")  # fmt: skip
     if args.starts > args.batch * args.length:
         raise UserError(f"--starts {args.starts} is more than batch x length = {args.batch * args.length} states")
-    if args.steps // args.n_envs <= args.length or args.prefill // args.n_envs < args.length:
-        raise UserError("--steps and --prefill must give each environment more than --length rows")
+    if not args.n_envs * args.length <= args.prefill < args.steps:
+        raise UserError(f"--prefill must be at least n_envs x length = {args.n_envs * args.length} rows and less than --steps, it is {args.prefill}")
+    if args.replay_size < args.n_envs * args.length:
+        raise UserError(f"--replay-size must hold at least n_envs x length = {args.n_envs * args.length} rows")
     seed_everything(args.seed)
     device = pick_device(args.device)
     envs = make_envs(args.env_id, args.n_envs, args.image_size, args.episode_steps)
     spaces = envs.single_observation_space
     sizes = Sizes(
         image_size=spaces["image"].shape[0], vector_size=spaces["vector"].shape[0], action_size=envs.single_action_space.shape[0],
-        S=args.S, K=args.K, cnn_depth=args.cnn_depth, vector_units=args.vector_units, vector_layers=args.vector_layers, units=args.units,
+        S=args.S, K=args.K, cnn_depth=args.cnn_depth, vector_units=args.vector_units, vector_layers=args.vector_layers, units=args.units, actor_units=args.actor_units,
     )  # fmt: skip
     run_dir = Path(args.run_dir or f"runs/pretrain-{args.env_id.split('/')[-1]}-{args.seed}")
     logger = Logger(run_dir, args, args.track, args.overwrite)
@@ -320,7 +330,7 @@ def main(args):
     if device.type == "cpu":
         draw = draw.to(memory_format=torch.channels_last)
     ensemble = Ensemble(sizes, draw.encoder.embed_size, args.ensemble, args.ensemble_target).to(device)
-    task = ActorCritic(sizes, args, scale_floor=1.0, device=device)
+    task = ActorCritic(sizes, args, scale_floor=args.return_floor, device=device)
     explore = ActorCritic(sizes, args, scale_floor=0.01, device=device)
     optimizer = torch.optim.Adam(draw.parameters(), lr=args.lr, eps=1e-8, fused=True)
     ensemble_optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.lr, eps=1e-8, fused=True)
@@ -409,8 +419,8 @@ def main(args):
                 save()
     bar.close()
     envs.close()
-    save()
     replay.save(run_dir / "replay")
+    save()
     logger.close()
     print(f"wrote {run_dir}/draw.pt and {run_dir}/replay after {time.time() - start:.0f} s")
 

@@ -31,7 +31,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, Logger, Policy, Sizes, UserError, held_noise, kl_categorical, load_checkpoint, load_dataset, load_draw, load_policy,
+from common import (Actor, Logger, Policy, Sizes, UserError, check_positive, check_sizes, held_noise, kl_categorical, load_checkpoint, load_dataset, load_draw, load_policy,
                     make_envs, mlp, pick_device, sample_onehot, save_checkpoint, save_dataset, seed_everything, unimix)  # fmt: skip
 
 
@@ -68,7 +68,8 @@ class Args:
 
     # the residual
     method: Literal["residual", "replace", "finetune", "none"] = "residual"
-    """residual: u = f + e (ReDRAW); replace: u = e, a new dynamics function of the residual's capacity; finetune: f itself; none: zero-shot"""
+    """residual: u = f + e (ReDRAW); replace: u = e, a new dynamics function of the residual's capacity;
+    finetune: f itself; none: zero-shot"""
     hidden: int = 256
     """units of the residual's hidden layer"""
     layers: int = 1
@@ -92,7 +93,7 @@ class Args:
 PRESETS = {
     "laptop": (
         "a minute on two CPU cores",
-        Args(checkpoint=tyro.MISSING, collect_steps=10_000, collect_noise=0.5, episode_steps=100, lr=3e-3, updates=2000, batch=64, length=8, log_every=100),
+        Args(checkpoint=tyro.MISSING, collect_steps=10_000, collect_noise=0.5, episode_steps=40, lr=3e-3, updates=2000, batch=64, length=8, log_every=100),
     ),
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING)),
 }
@@ -176,20 +177,16 @@ def load_rectified(checkpoint, draw, device):
     return rectified.requires_grad_(False)
 
 
-def collect(args, checkpoint, draw, sizes, device):
-    """Records args.collect_steps rows in the target: dict of arrays as in common.load_dataset, WITHOUT rewards."""
-    if args.collect_policy == "random":
-        policy = None
-    elif args.collect_policy in ("zero-shot", "explore"):
-        actor = Actor(sizes).to(device)
-        actor.load_state_dict(checkpoint["task_actor" if args.collect_policy == "zero-shot" else "explore_actor"])
-        policy = Policy.of(draw, actor)
-    else:
-        policy = load_policy(args.collect_policy, device)
-    envs = make_envs(args.target_env_id, args.n_envs, sizes.image_size, args.episode_steps)
-    spaces, A = envs.single_observation_space, envs.single_action_space.shape[0]
-    if (spaces["image"].shape[0], spaces["vector"].shape[0], A) != (sizes.image_size, sizes.vector_size, sizes.action_size):
-        raise UserError(f"{args.target_env_id} and the checkpoint differ in image, vector or action size: {spaces}, A = {A}, checkpoint {sizes}")
+def collect(args, envs, policy):
+    """Records args.collect_steps rows in the target, WITHOUT rewards.
+
+    Args:
+        envs: of make_envs.
+        policy: function (image, vector) -> actions (n, A), or None for random actions.
+    Returns:
+        dict of arrays as in common.load_dataset, one environment after the other.
+    """
+    A = envs.single_action_space.shape[0]
     obs, _ = envs.reset(seed=args.seed + 10_000)
     n = args.n_envs
     rows = {k: [] for k in ("image", "vector", "action", "is_first", "is_last", "is_terminal")}
@@ -213,23 +210,39 @@ def collect(args, checkpoint, draw, sizes, device):
 def main(args):
     if args.dataset is None and args.target_env_id is None:
         raise UserError("give --dataset, or --target-env-id to collect one")
+    check_positive(args, "n_envs", "hold", "episode_steps", "batch", "length", "log_every", "hidden", "layers", "members")
+    if args.dataset is None and args.collect_steps < 2 * args.n_envs * args.length:
+        raise UserError(f"--collect-steps must be at least 2 x n_envs x length = {2 * args.n_envs * args.length}, it is {args.collect_steps}")
     seed_everything(args.seed)
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint, ("draw_pretrain",), device)
     sizes = Sizes(**checkpoint["sizes"])
     draw = load_draw(checkpoint, device)
-    dataset = load_dataset(args.dataset, sizes.image_size, sizes.vector_size, sizes.action_size) if args.dataset else None
+    if args.dataset is None:
+        envs = make_envs(args.target_env_id, args.n_envs, sizes.image_size, args.episode_steps)
+        check_sizes(args.target_env_id, envs, sizes)
+        if args.collect_policy == "random":
+            policy = None
+        elif args.collect_policy in ("zero-shot", "explore"):
+            actor = Actor(sizes).to(device)
+            actor.load_state_dict(checkpoint["task_actor" if args.collect_policy == "zero-shot" else "explore_actor"])
+            policy = Policy.of(draw, actor)
+        else:
+            policy = load_policy(args.collect_policy, device)
+            check_sizes(args.target_env_id, envs, policy.sizes)
+    else:
+        dataset = load_dataset(args.dataset, sizes.image_size, sizes.vector_size, sizes.action_size)
+        if dataset["is_first"].sum() < 2:
+            raise UserError(f"{args.dataset} holds one episode, so none can be held out; record at least two")
     run_dir = Path(args.run_dir or f"runs/adapt-{args.method}-{args.seed}")
     logger = Logger(run_dir, args, args.track, args.overwrite)
-    if dataset is None:
-        dataset = collect(args, checkpoint, draw, sizes, device)
+    if args.dataset is None:
+        dataset = collect(args, envs, policy)
         save_dataset(run_dir / "dataset.npz", dataset)
 
     # Held out: whole episodes. The rows of each part stay in order, so sequences can be cut from them.
     episode = np.cumsum(dataset["is_first"]) - 1  # (N,), number of the episode of each row
     n_episodes = episode[-1] + 1
-    if n_episodes < 2:
-        raise UserError("the dataset holds one episode, so none can be held out; record at least two")
     held_out = np.isin(episode, np.random.permutation(n_episodes)[: max(1, round(args.holdout * n_episodes))])
     rows = {"train": np.flatnonzero(~held_out), "held-out": np.flatnonzero(held_out)}
     if min(map(len, rows.values())) < args.length:
@@ -257,7 +270,9 @@ def main(args):
         """Mean KL in nats over (at most `most`) consecutive sequences of a part; the same ones each time."""
         starts = np.arange(0, len(rows[part]) - args.length + 1, args.length)
         starts = starts[:: max(1, len(starts) // most)]
-        pairs = [loss_of(part, s) for s in np.array_split(starts, max(1, len(starts) // 256))]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the same samples of z each time
+            pairs = [loss_of(part, s) for s in np.array_split(starts, max(1, len(starts) // 256))]
         return float(sum(kl.sum() for kl, _ in pairs) / sum(mask.sum() for _, mask in pairs))
 
     def save(name):

@@ -8,7 +8,7 @@ for H steps. With r_{t+1} and c_{t+1} the predicted reward and continue of ARRIV
 
     R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),   R_H = v_H,   v = critic mean
     w_t = prod_{k <= t} gamma c_k
-    scale = max(1, EMA_0.99 of [percentile_95(R) - percentile_5(R)])
+    scale = max(return_floor, EMA_0.99 of [percentile_95(R) - percentile_5(R)])
     actor:  -w_t (log pi(a_t) sg((R_t - v_t) / scale) + 3e-4 entropy)
     critic: -w_t (log p(R_t) + log p(mean of the slow critic)),   slow = 2 % EMA each update
 
@@ -30,10 +30,11 @@ import imageio
 import numpy as np
 import torch
 import tyro
+from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, Critic, Logger, Policy, Sizes, UserError, evaluate, load_checkpoint, load_dataset, load_draw, mean_and_interval, pick_device,
+from common import (Actor, Critic, Logger, Policy, Sizes, UserError, check_positive, check_sizes, evaluate, load_checkpoint, load_dataset, load_draw, make_envs, pick_device,
                     sample_onehot, save_checkpoint, seed_everything, twohot_log_prob, twohot_mean)  # fmt: skip
 from redraw_adapt import encode_dataset, load_rectified
 
@@ -43,7 +44,8 @@ class Args:
     checkpoint: str
     """draw.pt of stage 1, or best.pt / last.pt of stage 2"""
     dataset: str
-    """start states: a .npz file or a folder of them, e.g. runs/source/replay or runs/adapted/dataset.npz; rewards are not used"""
+    """start states: a .npz file or a folder of them, e.g. runs/source/replay or runs/adapted/dataset.npz;
+    its rewards are not used"""
     eval_env_ids: Tuple[str, ...] = ()
     """environments to evaluate in, Gymnasium ids, also as module:id"""
     run_dir: Optional[str] = None
@@ -67,6 +69,8 @@ class Args:
     lam: float = 0.95
     entropy: float = 3e-4
     lr: float = 3e-5
+    return_floor: float = 1.0
+    """least scale that advantages are divided by; sparse rewards and short runs want a smaller one"""
     actor_grad: Literal["reinforce", "dynamics"] = "reinforce"
     """how the actor learns: REINFORCE, or the return's gradient through the dynamics (straight-through)"""
     eval_every: int = 10_000
@@ -79,21 +83,34 @@ class Args:
 PRESETS = {
     "laptop": (
         "minutes on two CPU cores",
-        Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING, updates=2500, batch=32, length=8, horizon=15, lr=3e-4, eval_every=0),
+        Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING, updates=800, batch=256, length=2, horizon=15, gamma=0.99, lr=1e-3, return_floor=0.01,
+             actor_grad="dynamics", eval_every=0, eval_episodes=20),  # fmt: skip
     ),
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING)),
 }
 
 
+def mean_and_interval(returns):
+    """Mean and half-width of the 95 % confidence interval (Student's t) of `returns` (n,), n >= 2."""
+    n = len(returns)
+    return float(np.mean(returns)), float(stats.t.ppf(0.975, n - 1) * np.std(returns, ddof=1) / np.sqrt(n))
+
+
 def main(args):
+    check_positive(args, "updates", "batch", "length", "horizon", "return_floor", "log_every")
+    if args.eval_episodes < 2:
+        raise UserError("--eval-episodes must be at least 2, for an interval")
     seed_everything(args.seed)
     device = pick_device(args.device)
-    torch.set_flush_denormal(True)
     checkpoint = load_checkpoint(args.checkpoint, ("draw_pretrain", "redraw_adapt"), device)
     sizes = Sizes(**checkpoint["sizes"])
     dataset = load_dataset(args.dataset, sizes.image_size, sizes.vector_size, sizes.action_size)
     if len(dataset["is_first"]) < args.length:
         raise UserError(f"{args.dataset} holds {len(dataset['is_first'])} rows, fewer than --length {args.length}")
+    for env_id in args.eval_env_ids:  # a typo must not cost a training
+        envs = make_envs(env_id, 1, sizes.image_size)
+        check_sizes(env_id, envs, sizes)
+        envs.close()
     draw = load_draw(checkpoint, device)
     rectified = load_rectified(checkpoint, draw, device)
     run_dir = Path(args.run_dir or f"runs/policy-{args.seed}")
@@ -144,8 +161,10 @@ def main(args):
         weight = torch.cat([alive[None], alive * discount[:-1].detach().cumprod(0)])  # (H, B*T): w_0 .. w_{H-1}
 
         # Returns, from the last step backwards.
-        logits = critic(zs.detach())  # (H+1, B*T, BINS)
-        value = twohot_mean(logits.detach() if args.actor_grad == "reinforce" else critic(zs))  # (H+1, B*T)
+        logits = critic(zs)  # (H+1, B*T, BINS)
+        value = twohot_mean(logits)  # (H+1, B*T)
+        if args.actor_grad == "reinforce":
+            value = value.detach()
         R, returns = value[-1], []
         for k in reversed(range(H)):
             R = reward[k] + discount[k] * ((1 - args.lam) * value[k + 1] + args.lam * R)
@@ -153,7 +172,7 @@ def main(args):
         returns = torch.stack(returns)  # (H, B*T): R_0 .. R_{H-1}
         p5, p95 = torch.quantile(returns.detach().flatten(), torch.tensor([0.05, 0.95], device=device))
         range_ema = 0.99 * range_ema + 0.01 * (p95 - p5)
-        scale = range_ema.clamp(min=1.0)
+        scale = range_ema.clamp(min=args.return_floor)
 
         # Actor.
         pi = actor(zs[:-1].detach())
@@ -164,7 +183,7 @@ def main(args):
             objective = returns / scale
         actor_loss = -(weight * (objective + args.entropy * entropy)).mean()
         actor_optimizer.zero_grad()
-        actor_loss.backward()
+        actor_loss.backward(inputs=list(actor.parameters()), retain_graph=args.actor_grad == "dynamics")
         nn.utils.clip_grad_norm_(actor.parameters(), 100.0)
         actor_optimizer.step()
 
@@ -173,7 +192,7 @@ def main(args):
             slow_value = twohot_mean(slow_critic(zs[:-1]))  # (H, B*T)
         critic_loss = -(weight * (twohot_log_prob(logits[:-1], returns.detach()) + twohot_log_prob(logits[:-1], slow_value))).mean()
         critic_optimizer.zero_grad()
-        critic_loss.backward()
+        critic_loss.backward(inputs=list(critic.parameters()))
         nn.utils.clip_grad_norm_(critic.parameters(), 100.0)
         critic_optimizer.step()
         with torch.no_grad():
@@ -186,7 +205,10 @@ def main(args):
                 "policy/scale": scale, "policy/actor_loss": actor_loss, "policy/critic_loss": critic_loss,
             }  # fmt: skip
             shown = logger.log(update, metrics)
-            bar.set_postfix_str(f"imagined return {shown['policy/imagined_return']:.1f} reward {shown['policy/imagined_reward']:.3f} entropy {shown['policy/entropy']:.2f}")
+            bar.set_postfix_str(
+                f"imagined return {shown['policy/imagined_return']:.1f} reward {shown['policy/imagined_reward']:.3f} "
+                f"entropy {shown['policy/entropy']:.2f}"
+            )
         if args.eval_every and update % args.eval_every == 0 and update < args.updates:
             for env_id in args.eval_env_ids:
                 returns, _ = evaluate(env_id, policy, args.eval_episodes, args.seed + 20_000, sizes.image_size)

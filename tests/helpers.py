@@ -10,7 +10,8 @@ import torch
 
 from common import DRAW, Actor, Sizes, UserError, save_checkpoint
 
-TINY = Sizes(image_size=16, vector_size=2, action_size=1, S=3, K=4, cnn_depth=2, vector_units=8, vector_layers=1, units=16)  # fits toy_env
+# Fits toy_env
+TINY = Sizes(image_size=16, vector_size=2, action_size=1, S=3, K=4, cnn_depth=2, vector_units=8, vector_layers=1, units=16, actor_units=16)
 
 
 def random_rows(n, sizes=TINY, seed=0):
@@ -36,7 +37,8 @@ def random_states(*batch, sizes=TINY):
 def save_tiny_draw(path, draw=None, sizes=TINY):
     """A checkpoint as stage 1 writes it, of an untrained world model"""
     actors = {name: Actor(sizes).state_dict() for name in ("task_actor", "explore_actor")}
-    save_checkpoint(path, stage="draw_pretrain", args={}, sizes=dataclasses.asdict(sizes), draw=(draw or DRAW(sizes)).state_dict(), updates=0, **actors)
+    weights = {"draw": (draw or DRAW(sizes)).state_dict(), **actors}
+    save_checkpoint(path, stage="draw_pretrain", args={}, sizes=dataclasses.asdict(sizes), updates=0, **weights)
     return str(path)
 
 

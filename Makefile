@@ -1,0 +1,80 @@
+# make demo   the whole pipeline on one source/target pair, on two CPU cores, in about half an hour
+# make test   the tests
+# Both create .venv and install what they need into it.
+
+PYTHON ?= python3
+PAIR ?= pendulum
+SEED ?= 1
+RUNS ?= runs/$(PAIR)-$(SEED)
+PY = .venv/bin/python
+
+# source and target of each pair
+SOURCE_pendulum = redraw/PendulumSwingup-v0
+TARGET_pendulum = redraw/PendulumSwingupReversed-v0
+SOURCE_cup = redraw/BallInCupCatch-v0
+TARGET_cup = redraw/BallInCupCatchWindy-v0
+SOURCE_finger = redraw/FingerTurnHard-v0
+TARGET_finger = redraw/FingerTurnHardTorque-v0
+SOURCE_reacher = redraw/ReacherEasy-v0
+TARGET_reacher = redraw/ReacherEasyReversed-v0
+SOURCE = $(SOURCE_$(PAIR))
+TARGET = $(TARGET_$(PAIR))
+
+.PHONY: demo test egl clean
+.DELETE_ON_ERROR:
+.SECONDARY:
+
+# What rendering without a screen needs from a Debian system.
+EGL_PACKAGES = libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri
+egl:
+	@if [ "$$(uname)" = Linux ] && ! { ldconfig -p | grep -q 'libEGL\.so\.1' && ldconfig -p | grep -q 'libGL\.so\.1' && ldconfig -p | grep -q 'libEGL_mesa\|libEGL_nvidia'; }; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -qq && apt-get install -y -qq $(EGL_PACKAGES); \
+		else \
+			echo "error: rendering needs EGL; run: sudo apt-get install $(EGL_PACKAGES)" >&2; exit 1; \
+		fi; \
+	fi
+
+.venv/installed: requirements.txt | egl
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null || { echo "error: needs Python 3.11 or newer; give it as PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "error: no virtual environment; run: sudo apt-get install python3-venv" >&2; exit 1; }
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+test: .venv/installed
+	$(PY) -m pytest tests -q
+
+# Each stage is made once: an interrupted `make demo` goes on with the first stage that is not done.
+demo: $(RUNS)/adapted-policy/done $(RUNS)/target-policy/done
+	$(PY) docs/demo_table.py --runs $(RUNS) --source $(SOURCE) --target $(TARGET)
+
+# stage 1: the world model, in the source
+$(RUNS)/source/done: .venv/installed
+	$(PY) draw_pretrain.py laptop --env-id $(SOURCE) --seed $(SEED) --run-dir $(RUNS)/source --overwrite
+	@touch $@
+# stage 3: a policy for the source, evaluated there and, zero-shot, in the target
+$(RUNS)/source-policy/done: $(RUNS)/source/done
+	$(PY) train_policy.py laptop --checkpoint $(RUNS)/source/draw.pt --dataset $(RUNS)/source/replay \
+		--eval-env-ids $(SOURCE) $(TARGET) --seed $(SEED) --run-dir $(RUNS)/source-policy --overwrite
+	@touch $@
+# stage 2: the residual, from target data without rewards that the source's policy collects
+$(RUNS)/adapted/done: $(RUNS)/source-policy/done
+	$(PY) redraw_adapt.py laptop --checkpoint $(RUNS)/source/draw.pt --target-env-id $(TARGET) \
+		--collect-policy $(RUNS)/source-policy/policy.pt --seed $(SEED) --run-dir $(RUNS)/adapted --overwrite
+	@touch $@
+# stage 3: a policy for the target, in the rectified imagination
+$(RUNS)/adapted-policy/done: $(RUNS)/adapted/done
+	$(PY) train_policy.py laptop --checkpoint $(RUNS)/adapted/best.pt --dataset $(RUNS)/adapted/dataset.npz \
+		--eval-env-ids $(TARGET) --seed $(SEED) --run-dir $(RUNS)/adapted-policy --overwrite
+	@touch $@
+# the ceiling: world model and policy trained in the target itself, with the same budget
+$(RUNS)/target/done: .venv/installed
+	$(PY) draw_pretrain.py laptop --env-id $(TARGET) --seed $(SEED) --run-dir $(RUNS)/target --overwrite
+	@touch $@
+$(RUNS)/target-policy/done: $(RUNS)/target/done
+	$(PY) train_policy.py laptop --checkpoint $(RUNS)/target/draw.pt --dataset $(RUNS)/target/replay \
+		--eval-env-ids $(TARGET) --seed $(SEED) --run-dir $(RUNS)/target-policy --overwrite
+	@touch $@
+
+clean:
+	rm -rf .venv runs

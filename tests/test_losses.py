@@ -1,0 +1,407 @@
+"""The losses against numbers worked out by hand. Stubs stand for the networks wherever only the arithmetic counts."""
+
+import csv
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TINY, random_rows, random_states, save_tiny_draw
+from torch import nn
+
+import draw_pretrain
+import redraw_adapt
+import train_policy
+from common import (BINS, DRAW, Critic, Sizes, kl_categorical, load_checkpoint, load_policy, sample_onehot, save_dataset, symexp, symlog,
+                    twohot_log_prob, twohot_mean, unimix)  # fmt: skip
+from draw_pretrain import ActorCritic, Ensemble, world_model_loss
+from redraw_adapt import Rectified, adaptation_loss
+
+STEP = 40 / (BINS - 1)  # between two bins; bin 127 lies at 0
+
+
+def test_symlog():
+    x = torch.tensor([-1000.0, -1.5, -1e-3, 0.0, 0.3, 7.0, 1e5])
+    assert torch.allclose(symexp(symlog(x)), x, rtol=1e-4)
+    assert symlog(torch.tensor(math.e - 1)).item() == pytest.approx(1.0) and symlog(torch.tensor(1 - math.e)).item() == pytest.approx(-1.0)
+
+
+def twohot(x):
+    """The two-hot encoding of x (n,), from the gradient of the cross-entropy: d/dlogits = target - softmax"""
+    logits = torch.zeros(len(x), BINS, requires_grad=True)
+    return torch.autograd.grad(twohot_log_prob(logits, x).sum(), logits)[0] + 1 / BINS
+
+
+@pytest.mark.parametrize(
+    "position, bins",  # position in symlog space
+    [
+        (0.0, {127: 1.0}),
+        (3 * STEP, {130: 1.0}),
+        (0.25 * STEP, {127: 0.75, 128: 0.25}),
+        (-0.25 * STEP, {126: 0.25, 127: 0.75}),
+        (-20.0, {0: 1.0}),
+        (20.0, {254: 1.0}),
+        (25.0, {254: 1.0}),  # beyond the range
+        (-25.0, {0: 1.0}),
+    ],
+)
+def test_twohot_puts_its_mass_around_the_value(position, bins):
+    expected = torch.zeros(BINS)
+    for i, mass in bins.items():
+        expected[i] = mass
+    assert torch.allclose(twohot(symexp(torch.tensor([position])))[0], expected, atol=1e-3)
+
+
+def test_twohot_mean_is_the_value():
+    x = torch.tensor([-300.0, -1.0, 0.0, 0.2, 1.0, 40.0, 5000.0])
+    assert torch.allclose(twohot_mean(twohot(x).clamp(min=1e-12).log()), x, rtol=1e-3, atol=1e-4)
+    assert twohot_log_prob(torch.zeros(2, BINS), x[:2]).tolist() == pytest.approx([-math.log(255)] * 2)
+
+
+def test_kl_categorical():
+    p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)  # and nothing from the second variable
+    assert kl_categorical(p.log(), q.log()).item() == pytest.approx(expected, rel=1e-5)
+    assert kl_categorical(torch.randn(7, 2, 4).log_softmax(-1), torch.randn(7, 2, 4).log_softmax(-1)).shape == (7,)
+
+
+# ---- the world model: a stub whose posterior and prior are given, and whose heads say nothing of the latent
+
+B, T, S, K = 2, 4, 3, 4
+PAPER = draw_pretrain.Args()
+
+
+def stub_draw(q, u, seen):
+    """q log-probabilities and u logits, (B, T, S, K) each; `seen` collects the latents that the decoder was given"""
+    return SimpleNamespace(
+        encoder=lambda image, vector: torch.zeros(B, T, 5),
+        posterior=lambda embed: q,
+        observe=lambda z, action, first: u,
+        decoder=lambda z: seen.append(z) or torch.full((B, T, 4, 4, 3), 0.5),
+        vector_head=lambda z: torch.zeros(B, T, 2),
+        reward_head=lambda z: torch.zeros(B, T, BINS),
+        continue_head=lambda z: torch.full((B, T, 1), 2.0),
+    )
+
+
+def stub_data():
+    data = {
+        "image": torch.zeros(B, T, 4, 4, 3, dtype=torch.uint8), "vector": torch.full((B, T, 2), math.e - 1), "action": torch.zeros(B, T, 1),
+        "reward": torch.zeros(B, T), "is_first": torch.zeros(B, T, dtype=torch.bool), "is_terminal": torch.zeros(B, T, dtype=torch.bool),
+    }  # fmt: skip
+    data["is_first"][0, 2] = True
+    data["is_terminal"][1, 3] = True
+    return data
+
+
+# The first step of each sequence, and the border in the middle of one of them, have no cause to be predicted from.
+NOT_FIRST = torch.tensor([[False, True, False, True], [False, True, True, True]])
+
+
+@pytest.mark.parametrize("sharp", [0.5, 6.0])  # posteriors whose KL to the prior is below and above the free nat
+def test_world_model_loss(sharp):
+    logits_q = (sharp * F.one_hot(torch.randint(K, (B, T, S)), K).float()).requires_grad_()
+    u = torch.zeros(B, T, S, K, requires_grad=True)
+    q = unimix(logits_q)
+    loss, metrics, (_, _, sigma) = world_model_loss(stub_draw(q, u, []), stub_data(), PAPER, soft=0.0)
+
+    kl = S * (math.log(K) + (q[0, 0, 0].exp() * q[0, 0, 0]).sum().item())  # to a uniform prior, alike at every step
+    assert (kl > 1) == (sharp == 6.0)
+    assert metrics["world_model/kl"].item() == pytest.approx(kl, rel=1e-4)  # as it is, without free bits
+    image, vector, reward = 48 * 0.5**2, 2 * 1.0**2, math.log(255)  # 4*4*3 pixels off by a half, two symlogs of 1, uniform bins
+    cont = (7 * math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2))) / 8  # a logit of 2 in 8 steps, one of them terminal
+    expected = image + vector + reward + cont + 2.0 * max(1.0, kl) * NOT_FIRST.sum().item() / (B * T)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+    # 1.5 pulls the prior to the posterior, 0.5 the posterior to the prior, and neither of them moves below the free nat.
+    grad_q, grad_u = torch.autograd.grad(loss, (logits_q, u), allow_unused=True, materialize_grads=True)
+    p = unimix(u)
+    mean = NOT_FIRST / (B * T) * (kl > 1)
+    expected_u = torch.autograd.grad((1.5 * kl_categorical(q.detach(), p) * mean).sum(), u)[0]
+    expected_q = torch.autograd.grad((0.5 * kl_categorical(unimix(logits_q), p.detach()) * mean).sum(), logits_q)[0]
+    assert torch.allclose(grad_u, expected_u, atol=1e-6) and torch.allclose(grad_q, expected_q, atol=1e-6)
+    assert torch.allclose(sigma, torch.full_like(u, 1 / K))  # the belief that is handed on is the plain softmax
+
+
+def test_world_model_loss_weighs_its_parts():
+    q = u = torch.zeros(B, T, S, K).log_softmax(-1)
+
+    def loss(**scales):
+        return world_model_loss(stub_draw(q, u, []), stub_data(), dataclasses.replace(PAPER, **scales), 0.0)[0].item()
+
+    for name, part in (("image_scale", 48 * 0.5**2), ("vector_scale", 2.0), ("reward_scale", math.log(255))):
+        assert loss(**{name: 3.0}) - loss() == pytest.approx(2 * part, rel=1e-4)
+
+
+def test_soft_latents_fade_from_probabilities_to_samples():
+    seen, q = [], torch.randn(B, T, S, K).log_softmax(-1)
+    for soft in (1.0, 0.0, 0.5):
+        world_model_loss(stub_draw(q, torch.zeros_like(q), seen), stub_data(), PAPER, soft)
+    soft, hard, half = (z.unflatten(-1, (S, K)) for z in seen)
+    assert torch.allclose(soft, q.exp(), atol=1e-5)
+    assert torch.allclose(hard.max(-1).values, torch.ones(B, T, S), atol=1e-5)
+    assert torch.allclose(half - 0.5 * q.exp(), (half - 0.5 * q.exp()).round(decimals=1), atol=1e-5)  # the other half is one-hot
+
+
+def test_world_model_learns_from_every_part_of_the_loss():
+    draw, rows = DRAW(TINY), random_rows(10)
+    data = {k: torch.from_numpy(v)[None] for k, v in rows.items()} | {"reward": torch.randn(1, 10)}
+    loss, _, kept = world_model_loss(draw, data, PAPER, 0.0)
+    loss.backward()
+    still = [name for name, p in draw.named_parameters() if p.grad is None or not p.grad.any()]
+    # A zero output layer passes no gradient to the layers below it, until it has moved.
+    assert [name for name in still if not name.startswith("reward_head")] == []
+    assert not any(x.requires_grad for x in kept)
+
+
+def test_ensemble_loss():
+    sizes = Sizes(S=2, K=2, units=4, action_size=1)
+    ensemble = Ensemble(sizes, 3, members=2, target=0)
+    for i, member in enumerate(ensemble.members):
+        nn.init.zeros_(member[-1].weight)
+        nn.init.constant_(member[-1].bias, float(i))  # members predict 0 and 1 for each of three numbers
+    z, sigma, action = random_states(1, 3, sizes=sizes)
+    embed = torch.tensor([[[9.0] * 3, [2.0] * 3, [5.0] * 3]])
+    first = torch.tensor([[False, False, True]])  # a border between the second and the third step
+    assert ensemble.loss(sigma, z, action, embed, first).item() == pytest.approx((3 * 2**2 + 3 * 1**2) / 2 / 2)  # of two members, two steps
+    assert ensemble.disagreement(sigma, z, action).flatten().tolist() == pytest.approx([0.5**0.5] * 3)  # deviation of 0 and 1
+
+
+# ---- the actor-critic: classes 0, 1, 2, ... of one variable are a chain, walked one class a step
+
+CHAIN = Sizes(S=1, K=8, units=8, actor_units=8, action_size=1)
+
+
+def place(z):
+    """The class (...) of a latent (..., 1, K)"""
+    return (z.squeeze(-2) * torch.arange(8)).sum(-1)
+
+
+def chain_actor_critic(monkeypatch, **changes):
+    monkeypatch.setattr(draw_pretrain, "sample_onehot", lambda logits: F.one_hot(logits.argmax(-1), 8).float())
+    args = draw_pretrain.Args(**{"horizon": 3, "gamma": 0.8, "lam": 0.5, **changes})
+    draw = SimpleNamespace(
+        dynamics=lambda z, sigma, action: 50 * z.roll(1, -1),
+        cont=lambda z: torch.where(place(z) == 2, 0.5, 1.0),  # half of the episodes end in place 2
+    )
+    z = F.one_hot(torch.zeros(5, 1, dtype=torch.long), 8).float()  # five starts in place 0
+    return ActorCritic(CHAIN, args, scale_floor=1.0, device="cpu"), draw, z
+
+
+def reward_of_the_place(z, sigma, action, z_next):
+    assert z.shape == sigma.shape == z_next.shape == (3, 5, 1, 8) and action.shape == (3, 5, 1)
+    assert torch.equal(place(z_next), place(z) + 1)
+    return place(z_next)  # 1, 2, 3 on the way
+
+
+def critic_of_places(sizes):
+    """A critic that knows v = exp(2 k STEP) - 1 in place k: all its mass lies on one bin"""
+    critic = Critic(sizes)
+    critic.net = nn.Linear(sizes.S * sizes.K, BINS, bias=False)
+    nn.init.zeros_(critic.net.weight)
+    for k in range(sizes.K):
+        nn.init.constant_(critic.net.weight[127 + 2 * k, k : k + 1], 50.0)
+    return critic
+
+
+# Continue is 1, 0.5, 1 on arriving at the places 1, 2, 3; gamma is 0.8, lambda 0.5. First with a critic that says 0 ...
+R2 = 3.0
+R1 = 2.0 + 0.8 * 0.5 * 0.5 * R2
+R0 = 1.0 + 0.8 * 1.0 * 0.5 * R1
+RETURNS = [R0, R1, R2]
+MEAN_WEIGHT = (1 + 0.8 + 0.8 * 0.4) / 3
+# ... then with the one above.
+V1, V2, V3 = (math.exp(2 * k * STEP) - 1 for k in (1, 2, 3))
+R2 = 3.0 + 0.8 * 1.0 * V3
+R1 = 2.0 + 0.8 * 0.5 * (0.5 * V2 + 0.5 * R2)
+R0 = 1.0 + 0.8 * 1.0 * (0.5 * V1 + 0.5 * R1)
+MEAN_BOOTSTRAPPED_RETURN = (R0 + R1 + R2) / 3
+
+
+def test_lambda_returns_weights_and_scale(monkeypatch):
+    trained, draw, z = chain_actor_critic(monkeypatch)
+    spread = np.subtract(*np.percentile(RETURNS * 5, [95, 5]))
+    metrics = trained.update(draw, z, z, torch.ones(5), reward_of_the_place)
+    assert metrics["reward"].item() == pytest.approx(2.0)
+    assert metrics["return"].item() == pytest.approx(np.mean(RETURNS), rel=1e-4)
+    # A uniform critic pays log 255 for the return and for its slow copy.
+    assert metrics["critic_loss"].item() == pytest.approx(MEAN_WEIGHT * 2 * math.log(255), rel=1e-4)
+    assert metrics["scale"].item() == pytest.approx(0.01 * spread, rel=1e-3)  # the average starts at 0
+
+
+def test_returns_bootstrap_from_the_critic(monkeypatch):
+    monkeypatch.setattr(draw_pretrain, "Critic", critic_of_places)
+    trained, draw, z = chain_actor_critic(monkeypatch)
+    metrics = trained.update(draw, z, z, torch.ones(5), reward_of_the_place)
+    assert metrics["return"].item() == pytest.approx(MEAN_BOOTSTRAPPED_RETURN, rel=1e-4)
+
+
+def test_return_scale_is_a_moving_average_with_a_floor(monkeypatch):
+    trained, draw, z = chain_actor_critic(monkeypatch, horizon=2, gamma=0.0)  # returns are the rewards
+    rewards = torch.stack([torch.zeros(5), torch.full((5,), 1000.0)])
+    for expected in (10.0, 0.99 * 10 + 10):
+        assert trained.update(draw, z, z, torch.ones(5), lambda *_: rewards)["scale"].item() == pytest.approx(expected, rel=1e-3)
+
+
+def actor_step(monkeypatch, floor, size):
+    """Gradient of the actor in its first update, for rewards of +-size"""
+    torch.manual_seed(0)
+    trained, draw, z = chain_actor_critic(monkeypatch, entropy=0.0)
+    trained.scale_floor = floor
+    trained.update(draw, z, z, torch.ones(5), lambda z, sigma, action, z_next: size * action.sign().squeeze(-1))
+    return torch.cat([p.grad.flatten() for p in trained.actor.parameters()])
+
+
+def test_advantages_are_divided_by_the_scale(monkeypatch):
+    small = actor_step(monkeypatch, 1.0, 0.1)  # their range is below the floor
+    assert torch.allclose(actor_step(monkeypatch, 0.5, 0.1), 2 * small, rtol=1e-4)
+    assert torch.allclose(actor_step(monkeypatch, 1.0, 0.2), 2 * small, rtol=1e-4)
+    large = actor_step(monkeypatch, 1e-3, 1000.0)  # their range is far above the floor: the size of rewards is of no account
+    assert torch.allclose(actor_step(monkeypatch, 1e-3, 2000.0), large, rtol=1e-3)
+
+
+def test_nothing_is_learned_after_the_end_of_an_episode(monkeypatch):
+    trained, draw, z = chain_actor_critic(monkeypatch)
+    before = [p.clone() for p in (*trained.actor.parameters(), *trained.critic.parameters())]
+    assert trained.update(draw, z, z, torch.zeros(5), reward_of_the_place)["critic_loss"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, (*trained.actor.parameters(), *trained.critic.parameters())))
+
+
+def test_actor_and_critic_learn_the_way_they_should(monkeypatch):
+    trained, draw, z = chain_actor_critic(monkeypatch, actor_lr=1e-2, gamma=0.0)
+    z = z.repeat(20, 1, 1)
+    mean = trained.actor(z).mean.mean().item()
+    for _ in range(40):
+        trained.update(draw, z, z, torch.ones(100), lambda z, sigma, action, z_next: 3.0 + action.squeeze(-1))
+    assert trained.actor(z).mean.mean() > mean + 0.3  # it pays to push
+    assert twohot_mean(trained.critic(z)).mean() > 1.0  # and the returns, of about 3, are on their way into the critic
+
+
+def test_slow_critic_follows(monkeypatch):
+    trained, draw, z = chain_actor_critic(monkeypatch, actor_lr=0.1)
+    before = trained.slow_critic.net[-1].bias.clone()
+    trained.update(draw, z, z, torch.ones(5), reward_of_the_place)
+    now, fast = trained.slow_critic.net[-1].bias, trained.critic.net[-1].bias
+    assert not torch.equal(fast, before)
+    assert torch.allclose(now, 0.98 * before + 0.02 * fast, atol=1e-6)
+
+
+# ---- stage 2
+
+
+def adaptation_case(method):
+    draw = DRAW(TINY).requires_grad_(False)
+    rectified = Rectified(draw, method)
+    for p in rectified.parameters():
+        nn.init.normal_(p, std=0.3)
+    first = torch.zeros(2, 6, dtype=torch.bool)
+    first[0, 3] = True
+    z, _, action = random_states(2, 6)
+    return draw, rectified, z, action, first
+
+
+@pytest.mark.parametrize("method", ["residual", "replace", "finetune", "none"])
+def test_adaptation_loss(method):
+    draw, rectified, z, action, first = adaptation_case(method)
+    # The recurrence once more, a row at a time: both f and delta start anew at a first step, and f gets the rectified belief.
+    u = torch.zeros(2, 6, TINY.S, TINY.K)
+    for b in range(2):
+        for t in range(6):
+            if t == 0 or first[b, t]:
+                previous = (*draw.initial(1), torch.zeros(1, 1))
+            else:
+                previous = (z[b, t - 1][None], u[b, t - 1][None].softmax(-1), action[b, t - 1][None])
+            u[b, t] = draw.dynamics(*previous) if method != "replace" else 0.0
+            if method in ("residual", "replace"):
+                u[b, t] += rectified.delta[0](torch.cat([previous[0].flatten(1), previous[2]], -1)).view(TINY.S, TINY.K)
+    # The rectified distribution has no unimix; that of the source keeps it.
+    q = (u.log_softmax(-1) if method in ("residual", "replace") else unimix(u)).detach()
+    kl, mask = adaptation_loss(draw, rectified, q, z, action, first)
+    assert kl.abs().max() < 1e-5
+    assert mask.tolist() == [[False, True, True, False, True, True], [False, True, True, True, True, True]]
+
+    other = torch.randn(2, 6, TINY.S, TINY.K).log_softmax(-1).requires_grad_()
+    kl, _ = adaptation_loss(draw, rectified, other, z, action, first)
+    assert torch.allclose(kl, kl_categorical(other, q) * mask, atol=1e-5)  # no free bits
+    assert (kl[mask] > 0).all() and not kl[~mask].any()
+    if method in ("residual", "replace"):  # the posterior is the teacher
+        assert torch.autograd.grad(kl.sum(), other, allow_unused=True) == (None,)
+
+
+@pytest.fixture(scope="module")
+def toy_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    save_tiny_draw(folder / "draw.pt")
+    save_dataset(folder / "data.npz", random_rows(40))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["residual", "replace", "finetune", "none"])
+def test_adaptation_trains_nothing_else(tmp_path, toy_files, method):
+    args = redraw_adapt.Args(checkpoint=str(toy_files / "draw.pt"), dataset=str(toy_files / "data.npz"), run_dir=str(tmp_path), device="cpu",
+                             method=method, hidden=8, updates=3, batch=4, length=5, log_every=2)  # fmt: skip
+    redraw_adapt.main(args)
+    source, adapted = (load_checkpoint(path, ("draw_pretrain", "redraw_adapt")) for path in (toy_files / "draw.pt", tmp_path / "last.pt"))
+    changed = {name.split(".")[0] for name, w in source["draw"].items() if not torch.equal(w, adapted["draw"][name])}
+    assert changed == ({"dynamics_net"} if method == "finetune" else set())
+    output = adapted["rectified"].get("delta.0.1.weight", adapted["rectified"].get("delta.0.3.weight"))
+    assert (output is not None) == (method in ("residual", "replace"))
+    assert output is None or output.any()  # it began at zero
+
+
+# ---- stage 3, whose algorithm stands in its main(): run it on a world model of which everything is known
+
+
+def run_policy(monkeypatch, tmp_path, draw, rows, **changes):
+    """Runs train_policy.main; returns {metric: [values]} and its policy"""
+    save_dataset(tmp_path / "data.npz", rows)
+    save_tiny_draw(tmp_path / "draw.pt", draw)
+    monkeypatch.setattr(train_policy, "load_draw", lambda checkpoint, device: draw.requires_grad_(False))
+    args = {"updates": 1, "batch": 4, "length": len(rows["is_first"]), "horizon": 3, "log_every": 1, "gamma": 0.8, "lam": 0.5, **changes}
+    train_policy.main(train_policy.Args(str(tmp_path / "draw.pt"), str(tmp_path / "data.npz"), run_dir=str(tmp_path / "run"), device="cpu", **args))
+    metrics = {}
+    for row in csv.DictReader(open(tmp_path / "run" / "metrics.csv")):
+        metrics.setdefault(row["metric"], []).append(float(row["value"]))
+    return metrics, load_policy(tmp_path / "run" / "policy.pt")
+
+
+def chain_metrics(monkeypatch, tmp_path, actor_grad):
+    """The first update of stage 3 on the chain of above, with one terminal state among eight starts"""
+    monkeypatch.setattr(train_policy, "sample_onehot", lambda logits: F.one_hot(logits.argmax(-1), 4).float())
+    draw = DRAW(TINY)
+    draw.posterior = lambda embed: torch.tensor([0.0, -99.0, -99.0, -99.0]).expand(*embed.shape[:-1], 3, 4)
+    draw.dynamics = lambda z, sigma, action: 50 * z.roll(1, -1)
+    draw.reward = lambda z: z[..., 0, :] @ torch.arange(4.0)
+    draw.cont = lambda z: 1 - 0.5 * z[..., 0, 2]
+    rows = random_rows(8)
+    rows["is_terminal"][3] = True
+    return run_policy(monkeypatch, tmp_path, draw, rows, actor_grad=actor_grad, return_floor=0.5)[0]
+
+
+@pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
+def test_stage_3_returns_and_weights(monkeypatch, tmp_path, actor_grad):
+    metrics = chain_metrics(monkeypatch, tmp_path, actor_grad)
+    assert metrics["policy/imagined_return"] == pytest.approx([np.mean(RETURNS)], rel=1e-3)
+    assert metrics["policy/critic_loss"] == pytest.approx([7 / 8 * MEAN_WEIGHT * 2 * math.log(255)], rel=1e-3)
+    assert metrics["policy/scale"] == [0.5]  # the floor
+
+
+@pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
+def test_stage_3_bootstraps_from_the_critic(monkeypatch, tmp_path, actor_grad):
+    monkeypatch.setattr(train_policy, "Critic", critic_of_places)
+    assert chain_metrics(monkeypatch, tmp_path, actor_grad)["policy/imagined_return"] == pytest.approx([MEAN_BOOTSTRAPPED_RETURN], rel=1e-3)
+
+
+@pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
+def test_policy_learns_to_do_what_pays(monkeypatch, tmp_path, actor_grad):
+    draw = DRAW(TINY)
+    sign = torch.tensor([1.0, -1.0, 0.0, 0.0])
+    draw.dynamics = lambda z, sigma, action: 4 * action.clamp(-1, 1)[..., None] * sign + torch.zeros_like(z)  # a positive action leads to class 0
+    draw.reward = lambda z: z[..., 0].mean(-1)  # which pays
+    rows = random_rows(8)
+    _, policy = run_policy(monkeypatch, tmp_path, draw, rows, actor_grad=actor_grad, updates=60, lr=1e-2, entropy=0.0)
+    z = sample_onehot(torch.zeros(100, TINY.S, TINY.K))
+    assert policy.actor(z).mean.mean() > 0.5
