@@ -49,7 +49,7 @@ demo: $(RUNS)/adapted-policy/done $(RUNS)/target-policy/done
 	$(PY) docs/demo_table.py --runs $(RUNS) --source $(SOURCE) --target $(TARGET)
 
 # stage 1: the world model, in the source
-$(RUNS)/source/done: .venv/installed
+$(RUNS)/source/done: | .venv/installed
 	$(PY) draw_pretrain.py laptop --env-id $(SOURCE) --seed $(SEED) --run-dir $(RUNS)/source --overwrite
 	@touch $@
 # stage 3: a policy for the source, evaluated there and, zero-shot, in the target
@@ -68,7 +68,7 @@ $(RUNS)/adapted-policy/done: $(RUNS)/adapted/done
 		--eval-env-ids $(TARGET) --seed $(SEED) --run-dir $(RUNS)/adapted-policy --overwrite
 	@touch $@
 # the ceiling: world model and policy trained in the target itself, with the same budget
-$(RUNS)/target/done: .venv/installed
+$(RUNS)/target/done: | .venv/installed
 	$(PY) draw_pretrain.py laptop --env-id $(TARGET) --seed $(SEED) --run-dir $(RUNS)/target --overwrite
 	@touch $@
 $(RUNS)/target-policy/done: $(RUNS)/target/done

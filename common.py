@@ -545,6 +545,20 @@ def save_dataset(path, rows):
     write_atomically(path, lambda file: np.savez_compressed(file, **rows))
 
 
+DTYPES = {"image": np.uint8, "vector": np.float32, "action": np.float32, "reward": np.float32, "is_first": bool, "is_last": bool, "is_terminal": bool}
+NDIMS = {"image": 4, "vector": 2, "action": 2, "reward": 1, "is_first": 1, "is_last": 1, "is_terminal": 1}
+
+
+def read_npz(file, keys):
+    """Those of `keys` that a .npz file holds, as arrays; the authors' names are put right."""
+    renamed = {"image_complement": "vector", "yaw_and_forward_vel": "vector"}
+    try:
+        with np.load(file, allow_pickle=False) as npz:
+            return {renamed.get(k, k): np.asarray(npz[k]) for k in npz.files if renamed.get(k, k) in keys}
+    except Exception as e:  # NumPy and zipfile raise many kinds for a foreign, damaged or pickled file
+        raise UserError(f"{file} can't be read as a .npz dataset ({type(e).__name__}: {e}); is it complete?") from e
+
+
 def load_dataset(path, image_size=None, vector_size=None, action_size=None):
     """Reads a dataset: one .npz file, or a folder of .npz files, each the start of a new sequence.
 
@@ -562,49 +576,39 @@ def load_dataset(path, image_size=None, vector_size=None, action_size=None):
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not files or not all(f.is_file() for f in files):
         raise UserError(f"no dataset at {path}: expected a .npz file or a folder of them")
-    chunks = []
+    rows = sum(read_npz(f, ["is_first"]).get("is_first", np.zeros(0)).size for f in files)
+    dataset, filled = {}, 0
     for file in files:
-        try:
-            with np.load(file, allow_pickle=False) as npz:
-                wanted = ("image", "vector", "action", "reward", "is_first", "is_last", "is_terminal")
-                renamed = {"image_complement": "vector", "yaw_and_forward_vel": "vector"}
-                chunk = {renamed.get(k, k): np.asarray(npz[k]) for k in npz.files if renamed.get(k, k) in wanted}
-            if any(v.dtype.kind not in "biuf" for v in chunk.values()):
-                raise ValueError("an array does not hold numbers")
-        except Exception as e:  # NumPy and zipfile raise many kinds for a foreign, damaged or pickled file
-            raise UserError(f"{file} can't be read as a .npz dataset ({type(e).__name__}: {e}); is it complete?") from e
+        chunk = read_npz(file, DTYPES)
         missing = {"image", "vector", "action", "is_first"} - set(chunk)
         if missing:
             raise UserError(f"{file} lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(chunk)) or 'nothing of use'}")
-        n = len(chunk["is_first"]) if chunk["is_first"].ndim == 1 else 0
-        if n < 2 or any(len(v) != n if v.ndim else True for v in chunk.values()):
-            raise UserError(f"{file}: all arrays need the same length of at least 2 rows: { {k: v.shape for k, v in chunk.items()} }")
+        n = chunk["is_first"].size
         for key in ("is_last", "is_terminal"):
             chunk.setdefault(key, np.zeros(n, bool))
-        for key, dtype, ndim in (("image", np.uint8, 4), ("vector", np.float32, 2), ("action", np.float32, 2), ("reward", np.float32, 1),
-                                 ("is_first", bool, 1), ("is_last", bool, 1), ("is_terminal", bool, 1)):  # fmt: skip
-            if key not in chunk:
-                continue
-            if chunk[key].ndim != ndim or (key == "image" and chunk[key].dtype != np.uint8):
-                raise UserError(f"{file}: {key} must be {np.dtype(dtype).name} with {ndim} dimensions, it is {chunk[key].dtype} {chunk[key].shape}")
-            chunk[key] = chunk[key].astype(dtype, copy=False)
-            if dtype is np.float32 and not np.isfinite(chunk[key]).all():
-                raise UserError(f"{file}: {key} holds NaN or infinity, first at row {int(np.argwhere(~np.isfinite(chunk[key]))[0][0])}")
+        for key, value in chunk.items():
+            if value.ndim != NDIMS[key] or value.dtype.kind not in "biuf" or (key == "image" and value.dtype != np.uint8):
+                raise UserError(f"{file}: {key} must be {np.dtype(DTYPES[key])} with {NDIMS[key]} dimensions, it is {value.dtype} {value.shape}")
+            if len(value) != n or n < 2:
+                raise UserError(f"{file}: all arrays need the same length of at least 2 rows, {key} has {len(value)}, is_first {n}")
+            if not np.isfinite(value).all():
+                raise UserError(f"{file}: {key} holds NaN or infinity, first in row {np.argwhere(~np.isfinite(value))[0][0]}")
+            chunk[key] = value.astype(DTYPES[key], copy=False)
         L = image_size or chunk["image"].shape[1]
         for key, shape in (("image", (L, L, 3)), ("vector", (vector_size,)), ("action", (action_size,))):
-            got = chunk[key].shape[1:]
-            if None not in shape and got != shape:
-                raise UserError(f"{file}: a row of {key} has shape {got}, the checkpoint or the files before expect {shape}")
+            if None not in shape and chunk[key].shape[1:] != shape:
+                raise UserError(f"{file}: a row of {key} has shape {chunk[key].shape[1:]}, the checkpoint or the files before expect {shape}")
         image_size, vector_size, action_size = L, chunk["vector"].shape[1], chunk["action"].shape[1]
-        chunk["is_first"] = chunk["is_first"].copy()
-        chunk["is_first"][0] = True
         # A reset follows the end of an episode, whether the recorder marked it or not.
-        chunk["is_first"][1:] |= chunk["is_last"][:-1]
-        chunks.append(chunk)
-    keys = set.intersection(*(set(c) for c in chunks))
-    dataset = {}
-    for key in keys:  # file by file, so that no more than one copy of the images is in memory
-        dataset[key] = chunks[0][key] if len(chunks) == 1 else np.concatenate([c.pop(key) for c in chunks])
+        chunk["is_first"] = chunk["is_first"] | np.append(True, chunk["is_last"][:-1])
+        if len(files) == 1:
+            return chunk
+        if filled == 0:  # one array for all files, so that the images are in memory only once
+            dataset = {k: np.empty((rows, *v.shape[1:]), v.dtype) for k, v in chunk.items()}
+        dataset = {k: v for k, v in dataset.items() if k in chunk}
+        for key, value in dataset.items():
+            value[filled : filled + n] = chunk[key]
+        filled += n
     return dataset
 
 

@@ -130,6 +130,9 @@ PRESETS = {
 }  # fmt: skip
 
 
+EXPLORE, TASK, RANDOM = 0, 1, 2  # who collects an episode
+
+
 class Replay:
     """A ring of rows per environment, in the row convention of common.load_dataset."""
 
@@ -321,7 +324,8 @@ def main(args):
     spaces = envs.single_observation_space
     sizes = Sizes(
         image_size=spaces["image"].shape[0], vector_size=spaces["vector"].shape[0], action_size=envs.single_action_space.shape[0],
-        S=args.S, K=args.K, cnn_depth=args.cnn_depth, vector_units=args.vector_units, vector_layers=args.vector_layers, units=args.units, actor_units=args.actor_units,
+        S=args.S, K=args.K, cnn_depth=args.cnn_depth, vector_units=args.vector_units, vector_layers=args.vector_layers,
+        units=args.units, actor_units=args.actor_units,
     )  # fmt: skip
     run_dir = Path(args.run_dir or f"runs/pretrain-{args.env_id.split('/')[-1]}-{args.seed}")
     logger = Logger(run_dir, args, args.track, args.overwrite)
@@ -354,19 +358,23 @@ def main(args):
     zeros = np.zeros(args.n_envs)
     reward, first, last, terminal = zeros, zeros == 0, zeros != 0, zeros != 0
     action = np.zeros((args.n_envs, sizes.action_size), np.float32)
-    collectors = np.random.randint(0, 3, args.n_envs)  # per environment: who collects this episode
+    collectors = np.full(args.n_envs, RANDOM)  # per environment, drawn anew for each episode
     metrics, start = {}, time.time()
     bar = tqdm(total=args.steps, unit="step", smoothing=0.05, mininterval=1.0)
     for step in range(0, args.steps, args.n_envs):
         # 1. act and store
         collectors[first] = np.random.randint(0, 3, first.sum())
-        who = {"explore": 0, "task": 1, "random": 2}.get(args.collect, collectors) * np.ones(args.n_envs) if step >= args.prefill else np.full(args.n_envs, 2)
-        noise = held_noise(action, args.hold)
-        action = np.where((who == 2)[:, None], noise, 0.0).astype(np.float32)
-        for i, actor_critic in enumerate((explore, task)):
-            if (who == i).any():
+        if step < args.prefill or args.collect == "random":
+            who = np.full(args.n_envs, RANDOM)
+        elif args.collect == "mixed":
+            who = collectors
+        else:
+            who = np.full(args.n_envs, EXPLORE if args.collect == "explore" else TASK)
+        action = held_noise(action, args.hold)
+        for collector, actor_critic in ((EXPLORE, explore), (TASK, task)):
+            if (who == collector).any():
                 chosen = Policy.of(draw, actor_critic.actor)(obs["image"], obs["vector"])
-                action = np.where((who == i)[:, None], chosen, action)
+                action = np.where((who == collector)[:, None], chosen, action)
         replay.add(image=obs["image"], vector=obs["vector"], action=action, reward=reward, is_first=first, is_last=last, is_terminal=terminal)
         obs, reward, terminated, truncated, _ = envs.step(action)
         episode_return += reward

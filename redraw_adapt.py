@@ -31,8 +31,9 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, Logger, Policy, Sizes, UserError, check_positive, check_sizes, held_noise, kl_categorical, load_checkpoint, load_dataset, load_draw, load_policy,
-                    make_envs, mlp, pick_device, sample_onehot, save_checkpoint, save_dataset, seed_everything, unimix)  # fmt: skip
+from common import (Actor, Logger, Policy, Sizes, UserError, check_positive, check_sizes, held_noise, kl_categorical, load_checkpoint,
+                    load_dataset, load_draw, load_policy, make_envs, mlp, pick_device, sample_onehot, save_checkpoint, save_dataset,
+                    seed_everything, unimix)  # fmt: skip
 
 
 @dataclass
@@ -93,8 +94,9 @@ class Args:
 PRESETS = {
     "laptop": (
         "a minute on two CPU cores",
-        Args(checkpoint=tyro.MISSING, collect_steps=10_000, collect_noise=0.5, episode_steps=40, lr=3e-3, updates=2000, batch=64, length=8, log_every=100),
-    ),
+        Args(checkpoint=tyro.MISSING, collect_steps=10_000, collect_noise=0.5, episode_steps=40, lr=3e-3, updates=2000, batch=64, length=8,
+             log_every=100),
+    ),  # fmt: skip
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING)),
 }
 

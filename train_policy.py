@@ -34,8 +34,9 @@ from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, Critic, Logger, Policy, Sizes, UserError, check_positive, check_sizes, evaluate, load_checkpoint, load_dataset, load_draw, make_envs, pick_device,
-                    sample_onehot, save_checkpoint, seed_everything, twohot_log_prob, twohot_mean)  # fmt: skip
+from common import (Actor, Critic, Logger, Policy, Sizes, UserError, check_positive, check_sizes, evaluate, load_checkpoint, load_dataset,
+                    load_draw, make_envs, pick_device, sample_onehot, save_checkpoint, seed_everything, twohot_log_prob,
+                    twohot_mean)  # fmt: skip
 from redraw_adapt import encode_dataset, load_rectified
 
 
