@@ -1,9 +1,9 @@
-# make demo   the whole pipeline on one source/target pair, on two CPU cores, in about half an hour
+# make demo   the whole pipeline on one source/target pair (PAIR=reacher, pendulum, cup or finger)
 # make test   the tests
 # Both create .venv and install what they need into it.
 
 PYTHON ?= python3
-PAIR ?= pendulum
+PAIR ?= reacher
 SEED ?= 1
 RUNS ?= runs/$(PAIR)-$(SEED)
 PY = .venv/bin/python

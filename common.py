@@ -229,25 +229,26 @@ def evaluate(env_id, policy, episodes, seed, image_size=None):
 # ---------------------------------------------------------------------------------------------
 
 
+def mix(probs):
+    """0.99 probs + 0.01 / K, (..., K): no class is ever impossible, so no KL is infinite."""
+    return 0.99 * probs + 0.01 / probs.shape[-1]
+
+
 def unimix(logits):
-    """log(0.99 softmax(logits) + 0.01 / K): no class is ever impossible, so no KL is infinite.
-
-    Args and result: (..., S, K); the result are normalised log-probabilities.
-    """
-    return torch.log(0.99 * logits.softmax(-1) + 0.01 / logits.shape[-1])
+    """log(0.99 softmax(logits) + 0.01 / K), normalised log-probabilities; (..., S, K) -> (..., S, K)"""
+    return torch.log(mix(logits.softmax(-1)))
 
 
-def sample_onehot(logits):
+def sample_onehot(probs):
     """Samples every categorical, with straight-through gradients (those of the probabilities).
 
     Args and result: (..., S, K), one-hot. Inverse-CDF sampling: on CPUs tens of times faster than
     torch.multinomial.
     """
-    probs = logits.softmax(-1)
     cdf = probs.detach().cumsum(-1)
     index = (torch.rand_like(cdf[..., :1]) > cdf[..., :-1]).sum(-1, keepdim=True)
     onehot = torch.zeros_like(cdf).scatter_(-1, index, 1.0)
-    return onehot + probs - probs.detach()
+    return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
 
 
 def kl_categorical(logp, logq):
@@ -515,7 +516,7 @@ class Policy(nn.Module):
         """image uint8 (n, L, L, 3), vector float32 (n, V), NumPy -> sampled actions (n, A) in [-1, 1]"""
         device = next(self.parameters()).device
         embed = self.encoder(torch.as_tensor(image, device=device), torch.as_tensor(vector, device=device))
-        action = self.actor(sample_onehot(self.posterior(embed))).sample()
+        action = self.actor(sample_onehot(self.posterior(embed).exp())).sample()
         return action.clamp(-1, 1).cpu().numpy()
 
 

@@ -12,7 +12,7 @@ One iteration of the loop below:
     3. ensemble:     predict embed_{t+1} from (sigma_t, z_t, a_t)
     4. exploration and task actor-critic in imagination (its equations: see `ActorCritic`)
 
-    python draw_pretrain.py laptop --env-id redraw/PendulumSwingup-v0 --run-dir runs/source
+    python draw_pretrain.py laptop --env-id redraw/ReacherEasy-v0 --run-dir runs/source
 
 writes runs/source/draw.pt (weights, sizes, arguments), runs/source/replay/*.npz (a dataset for
 the later stages) and metrics.csv. Next: redraw_adapt.py.
@@ -31,13 +31,13 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from common import (DRAW, Actor, Critic, Logger, Policy, Sizes, UserError, check_positive, held_noise, kl_categorical, make_envs, mlp, pick_device,
+from common import (DRAW, Actor, Critic, Logger, Policy, Sizes, UserError, check_positive, held_noise, kl_categorical, make_envs, mix, mlp, pick_device,
                     sample_onehot, save_checkpoint, save_dataset, seed_everything, symlog, twohot_log_prob, twohot_mean, unimix)  # fmt: skip
 
 
 @dataclass
 class Args:
-    env_id: str = "redraw/PendulumSwingup-v0"
+    env_id: str = "redraw/ReacherEasy-v0"
     """source environment, a Gymnasium id, also as module:id"""
     run_dir: Optional[str] = None
     """folder for everything this run writes (default: runs/pretrain-ENV-SEED)"""
@@ -120,10 +120,10 @@ PRESETS = {
     "laptop": (
         "minutes on two CPU cores: 32x32 images, small networks, short episodes",
         Args(
-            steps=40_000, episode_steps=40, image_size=32, collect="mixed", prefill=16_000, hold=8.0, replay_size=200_000,
-            S=32, K=4, cnn_depth=8, vector_units=64, vector_layers=2, units=128, actor_units=128, batch=32, length=8, train_every=12.0,
-            lr=3e-3, warmup=100, decay=True, image_scale=300.0, vector_scale=100.0, reward_scale=20.0, soft_updates=500,
-            horizon=15, gamma=0.99, starts=128, policy_every=8, actor_lr=1e-3, return_floor=0.01, ensemble=5, ensemble_target=64,
+            steps=40_000, episode_steps=100, image_size=32, collect="mixed", prefill=16_000, hold=8.0, replay_size=200_000,
+            S=64, K=4, cnn_depth=16, vector_units=64, vector_layers=2, units=256, actor_units=128, batch=32, length=8, train_every=7.0,
+            lr=3e-3, warmup=100, decay=True, image_scale=300.0, vector_scale=100.0, reward_scale=50.0, soft_updates=500,
+            horizon=15, gamma=0.99, starts=128, policy_every=10, actor_lr=1e-3, return_floor=0.01, ensemble=5, ensemble_target=64,
         ),
     ),
     "paper": ("the paper's sizes: one CUDA GPU, about a day", Args()),
@@ -190,7 +190,7 @@ def world_model_loss(draw, data, args, soft):
     first[:, 0] = True
     embed = draw.encoder(data["image"], data["vector"])  # (B, T, E), all images in one call
     q = draw.posterior(embed)  # log q(z_t | x_t), (B, T, S, K), unimix included
-    z = sample_onehot(q)  # (B, T, S, K), straight-through
+    z = sample_onehot(q.exp())  # (B, T, S, K), straight-through
     z = z + soft * (q.exp() - z)
     u = draw.observe(z, data["action"], first)  # (B, T, S, K)
     p = unimix(u)  # log p(z_t | ...)
@@ -275,7 +275,7 @@ class ActorCritic:
             for _ in range(H):
                 action = self.actor(z).sample()  # (B, A)
                 sigma = draw.dynamics(z, sigma, action).softmax(-1)  # sigma_{t+1}
-                z = sample_onehot(torch.log(0.99 * sigma + 0.01 / sigma.shape[-1]))  # z_{t+1} ~ p
+                z = sample_onehot(mix(sigma))  # z_{t+1} ~ p
                 zs, sigmas, actions = zs + [z], sigmas + [sigma], actions + [action]
             zs, sigmas, actions = torch.stack(zs), torch.stack(sigmas), torch.stack(actions)  # (H+1, B, S, K), (H, B, A)
             rewards = reward_fn(zs[:-1], sigmas[:-1], actions, zs[1:])  # (H, B): r_1 .. r_H

@@ -11,7 +11,7 @@ of the source stay, and only the latent dynamics are corrected, before the softm
 frame is encoded once, before training; no update touches an image.
 
     python redraw_adapt.py laptop --checkpoint runs/source/draw.pt --run-dir runs/adapted \
-        --target-env-id redraw/PendulumSwingupReversed-v0 --collect-steps 10000
+        --target-env-id redraw/ReacherEasyReversed-v0 --collect-steps 10000
 
 collects runs/adapted/dataset.npz (without rewards) and writes runs/adapted/best.pt (least KL on
 held-out episodes) and last.pt. With --dataset it starts from data of yours, e.g. a robot's.
@@ -32,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (Actor, Logger, Policy, Sizes, UserError, check_positive, check_sizes, held_noise, kl_categorical, load_checkpoint,
-                    load_dataset, load_draw, load_policy, make_envs, mlp, pick_device, sample_onehot, save_checkpoint, save_dataset,
+                    load_dataset, load_draw, load_policy, make_envs, mix, mlp, pick_device, sample_onehot, save_checkpoint, save_dataset,
                     seed_everything, unimix)  # fmt: skip
 
 
@@ -94,7 +94,7 @@ class Args:
 PRESETS = {
     "laptop": (
         "a minute on two CPU cores",
-        Args(checkpoint=tyro.MISSING, collect_steps=10_000, collect_noise=0.5, episode_steps=40, lr=3e-3, updates=2000, batch=64, length=8,
+        Args(checkpoint=tyro.MISSING, collect_steps=10_000, collect_noise=0.5, episode_steps=100, lr=3e-3, updates=2000, batch=64, length=8,
              log_every=100),
     ),  # fmt: skip
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING)),
@@ -142,6 +142,10 @@ class Rectified(nn.Module):
     def log_prior(self, u):
         """log p(z_t | ...), (..., S, K). The rectified distribution has no unimix; DRAW's own keeps it."""
         return u.log_softmax(-1) if self.method in ("residual", "replace") else unimix(u)
+
+    def prior(self, sigma):
+        """p(z_t | ...), the same as probabilities, from sigma_t = softmax(u_t) (..., S, K)"""
+        return sigma if self.method in ("residual", "replace") else mix(sigma)
 
 
 def adaptation_loss(draw, rectified, q, z, action, is_first):
@@ -265,7 +269,7 @@ def main(args):
         """(kl, mask), (B, T) each, of sequences that begin at the `start`-th rows (B,) of a part of the data"""
         t = torch.from_numpy(rows[part][start[:, None] + np.arange(args.length)]).to(device)  # (B, T)
         q = posterior[t]  # (B, T, S, K)
-        return adaptation_loss(draw, rectified, q, sample_onehot(q), action[t], is_first[t])
+        return adaptation_loss(draw, rectified, q, sample_onehot(q.exp()), action[t], is_first[t])
 
     @torch.no_grad()
     def mean_kl(part, most=2000):

@@ -13,7 +13,7 @@ for H steps. With r_{t+1} and c_{t+1} the predicted reward and continue of ARRIV
     critic: -w_t (log p(R_t) + log p(mean of the slow critic)),   slow = 2 % EMA each update
 
     python train_policy.py laptop --checkpoint runs/adapted/best.pt --dataset runs/adapted/dataset.npz \
-        --eval-env-ids redraw/PendulumSwingupReversed-v0 --run-dir runs/policy
+        --eval-env-ids redraw/ReacherEasyReversed-v0 --run-dir runs/policy
 
 writes runs/policy/policy.pt (encoder, posterior and actor: all that deployment needs), eval.json and
 a video of one episode per environment.
@@ -84,7 +84,7 @@ class Args:
 PRESETS = {
     "laptop": (
         "minutes on two CPU cores",
-        Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING, updates=800, batch=256, length=2, horizon=15, gamma=0.99, lr=1e-3, return_floor=0.01,
+        Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING, updates=400, batch=128, length=2, horizon=15, gamma=0.99, lr=1e-3, return_floor=0.01,
              actor_grad="dynamics", eval_every=0, eval_episodes=20),  # fmt: skip
     ),
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING)),
@@ -140,7 +140,7 @@ def main(args):
         with torch.no_grad():
             start = torch.randint(0, len(is_first) - args.length + 1, (args.batch, 1), device=device)
             t = start + torch.arange(args.length, device=device)  # (B, T)
-            z = sample_onehot(posterior[t])  # (B, T, S, K)
+            z = sample_onehot(posterior[t].exp())  # (B, T, S, K)
             sigma = draw.observe(z, data_action[t], is_first[t], dynamics=rectified).softmax(-1)
             z, sigma = z.flatten(0, 1), sigma.flatten(0, 1)  # (B*T, S, K)
             alive = 1.0 - is_terminal[t].flatten().float()  # (B*T,), nothing follows a terminal state
@@ -151,9 +151,8 @@ def main(args):
             for _ in range(H):
                 pi = actor(z.detach())
                 action = pi.rsample()  # (B*T, A)
-                u = rectified(z, sigma, action)  # (B*T, S, K)
-                sigma = u.softmax(-1)
-                z = sample_onehot(rectified.log_prior(u))
+                sigma = rectified(z, sigma, action).softmax(-1)  # (B*T, S, K)
+                z = sample_onehot(rectified.prior(sigma))
                 zs.append(z)
                 actions.append(action)
             zs, actions = torch.stack(zs), torch.stack(actions)  # (H+1, B*T, S, K): z_0 .. z_H; (H, B*T, A): a_0 .. a_{H-1}

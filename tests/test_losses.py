@@ -181,7 +181,7 @@ def place(z):
 
 
 def chain_actor_critic(monkeypatch, **changes):
-    monkeypatch.setattr(draw_pretrain, "sample_onehot", lambda logits: F.one_hot(logits.argmax(-1), 8).float())
+    monkeypatch.setattr(draw_pretrain, "sample_onehot", lambda probs: F.one_hot(probs.argmax(-1), 8).float())
     args = draw_pretrain.Args(**{"horizon": 3, "gamma": 0.8, "lam": 0.5, **changes})
     draw = SimpleNamespace(
         dynamics=lambda z, sigma, action: 50 * z.roll(1, -1),
@@ -370,7 +370,7 @@ def run_policy(monkeypatch, tmp_path, draw, rows, **changes):
 
 def chain_metrics(monkeypatch, tmp_path, actor_grad):
     """The first update of stage 3 on the chain of above, with one terminal state among eight starts"""
-    monkeypatch.setattr(train_policy, "sample_onehot", lambda logits: F.one_hot(logits.argmax(-1), 4).float())
+    monkeypatch.setattr(train_policy, "sample_onehot", lambda probs: F.one_hot(probs.argmax(-1), 4).float())
     draw = DRAW(TINY)
     draw.posterior = lambda embed: torch.tensor([0.0, -99.0, -99.0, -99.0]).expand(*embed.shape[:-1], 3, 4)
     draw.dynamics = lambda z, sigma, action: 50 * z.roll(1, -1)
@@ -403,5 +403,5 @@ def test_policy_learns_to_do_what_pays(monkeypatch, tmp_path, actor_grad):
     draw.reward = lambda z: z[..., 0].mean(-1)  # which pays
     rows = random_rows(8)
     _, policy = run_policy(monkeypatch, tmp_path, draw, rows, actor_grad=actor_grad, updates=60, lr=1e-2, entropy=0.0)
-    z = sample_onehot(torch.zeros(100, TINY.S, TINY.K))
+    z = sample_onehot(torch.full((100, TINY.S, TINY.K), 1 / TINY.K))
     assert policy.actor(z).mean.mean() > 0.5

@@ -31,7 +31,7 @@ def test_shapes(image_size):
     # The image is halved down to 4x4, and the channels doubled each time but the first.
     assert draw.encoder.embed_size == 16 * sizes.cnn_depth * image_size // 8 + sizes.vector_units
     q = draw.posterior(embed)
-    z = sample_onehot(q)
+    z = sample_onehot(q.exp())
     _, _, action = random_states(B, T, sizes=sizes)
     u = draw.observe(z, action, first)
     assert q.shape == z.shape == u.shape == draw.dynamics(z, u.softmax(-1), action).shape == (B, T, S, K)
@@ -132,7 +132,7 @@ def test_unimix_is_normalised_and_leaves_no_class_impossible():
 
 def test_samples_are_one_hot_and_as_frequent_as_their_probabilities():
     probs = torch.tensor([[0.7, 0.2, 0.1, 0.0], [0.1, 0.1, 0.1, 0.7], [0.25, 0.25, 0.25, 0.25]])
-    z = sample_onehot(probs.log().expand(40_000, -1, -1))
+    z = sample_onehot(probs.expand(40_000, -1, -1))
     assert torch.allclose(z.sum(-1), torch.ones(40_000, 3), atol=1e-5) and torch.allclose(z.max(-1).values, torch.ones(40_000, 3), atol=1e-5)
     assert torch.allclose(z.mean(0), probs, atol=0.01)  # four standard errors
     pairs = torch.einsum("ni,nj->ij", z[:, 0], z[:, 2]) / 40_000
@@ -141,7 +141,7 @@ def test_samples_are_one_hot_and_as_frequent_as_their_probabilities():
 
 def test_samples_pass_the_gradient_of_the_probabilities():
     logits, w = torch.randn(3, 2, 4, requires_grad=True), torch.randn(3, 2, 4)
-    through_sample = torch.autograd.grad((sample_onehot(logits) * w).sum(), logits)[0]
+    through_sample = torch.autograd.grad((sample_onehot(logits.softmax(-1)) * w).sum(), logits)[0]
     through_probs = torch.autograd.grad((logits.softmax(-1) * w).sum(), logits)[0]
     assert torch.allclose(through_sample, through_probs, atol=1e-6)
 
