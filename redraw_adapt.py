@@ -213,6 +213,20 @@ def collect(args, envs, policy):
     return {k: np.concatenate(np.stack(v, 1)) for k, v in rows.items()}
 
 
+def split_episodes(is_first, holdout, length):
+    """Holds out whole episodes. Returns {"train": rows, "held-out": rows}, sorted row numbers, so that sequences can be
+    cut from each; UserError if a part has no sequence of `length` rows."""
+    episode = np.cumsum(is_first) - 1  # (N,), number of the episode of each row
+    n = episode[-1] + 1
+    if n < 2:
+        raise UserError("the dataset holds one episode, so none can be held out; record at least two")
+    held_out = np.isin(episode, np.random.permutation(n)[: max(1, round(holdout * n))])
+    rows = {"train": np.flatnonzero(~held_out), "held-out": np.flatnonzero(held_out)}
+    if min(map(len, rows.values())) < length:
+        raise UserError(f"too little data for sequences of --length {length}: { {k: len(v) for k, v in rows.items()} } rows")
+    return rows
+
+
 def main(args):
     if args.dataset is None and args.target_env_id is None:
         raise UserError("give --dataset, or --target-env-id to collect one")
@@ -238,21 +252,13 @@ def main(args):
             check_sizes(args.target_env_id, envs, policy.sizes)
     else:
         dataset = load_dataset(args.dataset, sizes.image_size, sizes.vector_size, sizes.action_size)
-        if dataset["is_first"].sum() < 2:
-            raise UserError(f"{args.dataset} holds one episode, so none can be held out; record at least two")
+        rows = split_episodes(dataset["is_first"], args.holdout, args.length)
     run_dir = Path(args.run_dir or f"runs/adapt-{args.method}-{args.seed}")
     logger = Logger(run_dir, args, args.track, args.overwrite)
     if args.dataset is None:
         dataset = collect(args, envs, policy)
         save_dataset(run_dir / "dataset.npz", dataset)
-
-    # Held out: whole episodes. The rows of each part stay in order, so sequences can be cut from them.
-    episode = np.cumsum(dataset["is_first"]) - 1  # (N,), number of the episode of each row
-    n_episodes = episode[-1] + 1
-    held_out = np.isin(episode, np.random.permutation(n_episodes)[: max(1, round(args.holdout * n_episodes))])
-    rows = {"train": np.flatnonzero(~held_out), "held-out": np.flatnonzero(held_out)}
-    if min(map(len, rows.values())) < args.length:
-        raise UserError(f"too little data for sequences of --length {args.length}: { {k: len(v) for k, v in rows.items()} } rows")
+        rows = split_episodes(dataset["is_first"], args.holdout, args.length)
 
     # Each frame is encoded once, ever; from here on no image is touched.
     posterior = encode_dataset(draw, dataset, device)  # log q(z_t | x_t), (N, S, K)
@@ -312,9 +318,10 @@ def main(args):
     bar.close()
     save("last.pt")
     logger.close()
-    result = {"episodes": int(n_episodes), "rows": len(episode), "before": before, "last": kl, "best_held_out": best}
+    n_episodes = int(dataset["is_first"].sum())
+    result = {"episodes": n_episodes, "rows": len(dataset["is_first"]), "before": before, "last": kl, "best_held_out": best}
     (run_dir / "result.json").write_text(json.dumps(result, indent=1))
-    print(f"{args.method}, {n_episodes} episodes, {len(episode)} rows. KL(q || p) per step in nats:")
+    print(f"{args.method}, {n_episodes} episodes, {result['rows']} rows. KL(q || p) per step in nats:")
     print(f"  train     {before['train']:7.3f} -> {kl['train']:7.3f}")
     print(f"  held-out  {before['held-out']:7.3f} -> {kl['held-out']:7.3f}   best {best:.3f}")
     print(f"wrote {run_dir}/best.pt and last.pt after {time.time() - start_time:.0f} s")
