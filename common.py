@@ -39,9 +39,7 @@ class UserError(SystemExit):
         super().__init__(f"error: {message}")
 
 
-# ---------------------------------------------------------------------------------------------
-# Environments
-# ---------------------------------------------------------------------------------------------
+# ---- Environments --------------------------------------------------------------------------------
 
 
 class DMCEnv(gym.Env):
@@ -78,10 +76,7 @@ class DMCEnv(gym.Env):
         self.dmc = suite.load(domain, task, task_kwargs={"time_limit": float("inf")})
         self.physics = self.dmc.physics
         self.sign = -1.0 if reverse_actions else 1.0
-        self.wrench = wrench
-        self.action_repeat = action_repeat
-        self.image_size = image_size
-        self.render_mode = render_mode
+        self.wrench, self.action_repeat, self.image_size, self.render_mode = wrench, action_repeat, image_size, render_mode
         # Multisampling, shadows and reflections cost ten times the rest of a software-rendered frame.
         self.physics.model.vis.quality.offsamples = 0
         self.shrink = max(1, 64 // image_size)
@@ -203,30 +198,7 @@ def held_noise(previous, hold):
     return np.where(np.random.rand(len(previous), 1) < 1.0 / hold, fresh, previous)
 
 
-def evaluate(env_id, policy, episodes, seed, image_size=None):
-    """Runs whole episodes and returns what they paid.
-
-    Args:
-        policy: function (image uint8 (n, L, L, 3), vector float32 (n, V)) -> actions float32 (n, A)
-    Returns:
-        (returns float64 (episodes,), frames uint8 (T, L, L, 3) of the first episode)
-    """
-    envs = make_envs(env_id, episodes, image_size)
-    obs, _ = envs.reset(seed=seed)
-    returns, running, frames = np.zeros(episodes), np.ones(episodes, bool), [obs["image"][0].copy()]
-    while running.any():
-        obs, reward, terminated, truncated, _ = envs.step(np.clip(policy(obs["image"], obs["vector"]), -1, 1))
-        returns += reward * running
-        if running[0]:
-            frames.append(obs["image"][0].copy())
-        running &= ~(terminated | truncated)
-    envs.close()
-    return returns, np.stack(frames)
-
-
-# ---------------------------------------------------------------------------------------------
-# Distributions: categorical latents, two-hot scalars
-# ---------------------------------------------------------------------------------------------
+# ---- Distributions: categorical latents, two-hot scalars -----------------------------------------
 
 
 def mix(probs):
@@ -288,9 +260,7 @@ def twohot_log_prob(logits, x):
     return ((1 - weight_above) * logp_below + weight_above * logp_above).squeeze(-1)
 
 
-# ---------------------------------------------------------------------------------------------
-# Networks
-# ---------------------------------------------------------------------------------------------
+# ---- Networks ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -520,9 +490,7 @@ class Policy(nn.Module):
         return action.clamp(-1, 1).cpu().numpy()
 
 
-# ---------------------------------------------------------------------------------------------
-# Files: datasets and checkpoints
-# ---------------------------------------------------------------------------------------------
+# ---- Files: datasets and checkpoints -------------------------------------------------------------
 
 
 def write_atomically(path, write):
@@ -654,12 +622,11 @@ def load_policy(path, device="cpu"):
     return policy.requires_grad_(False).eval()
 
 
-# ---------------------------------------------------------------------------------------------
-# Runs: seeds, devices, logs
-# ---------------------------------------------------------------------------------------------
+# ---- Runs: seeds, devices, logs ------------------------------------------------------------------
 
 
 def seed_everything(seed):
+    """Seeds Python, NumPy and PyTorch; environments are seeded in their reset."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

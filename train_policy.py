@@ -34,7 +34,7 @@ from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, Critic, Logger, Policy, Sizes, UserError, check_positive, check_sizes, evaluate, load_checkpoint, load_dataset,
+from common import (Actor, Critic, Logger, Policy, Sizes, UserError, check_positive, check_sizes, load_checkpoint, load_dataset,
                     load_draw, make_envs, pick_device, sample_onehot, save_checkpoint, seed_everything, twohot_log_prob,
                     twohot_mean)  # fmt: skip
 from redraw_adapt import encode_dataset, load_rectified
@@ -89,6 +89,27 @@ PRESETS = {
     ),
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING)),
 }
+
+
+def evaluate(env_id, policy, episodes, seed, image_size=None):
+    """Runs whole episodes and returns what they paid.
+
+    Args:
+        policy: function (image uint8 (n, L, L, 3), vector float32 (n, V)) -> actions float32 (n, A)
+    Returns:
+        (returns float64 (episodes,), frames uint8 (T, L, L, 3) of the first episode)
+    """
+    envs = make_envs(env_id, episodes, image_size)
+    obs, _ = envs.reset(seed=seed)
+    returns, running, frames = np.zeros(episodes), np.ones(episodes, bool), [obs["image"][0].copy()]
+    while running.any():
+        obs, reward, terminated, truncated, _ = envs.step(np.clip(policy(obs["image"], obs["vector"]), -1, 1))
+        returns += reward * running
+        if running[0]:
+            frames.append(obs["image"][0].copy())
+        running &= ~(terminated | truncated)
+    envs.close()
+    return returns, np.stack(frames)
 
 
 def mean_and_interval(returns):

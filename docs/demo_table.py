@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import tyro
 
-from common import evaluate, make_envs
-from train_policy import mean_and_interval
+from common import make_envs
+from train_policy import evaluate, mean_and_interval
 
 
 def main(runs: Path, source: str, target: str, episodes: int = 20):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from helpers import user_error
 
-from common import DMCEnv, evaluate, held_noise, make_envs
-from train_policy import mean_and_interval
+from common import DMCEnv, held_noise, make_envs
+from train_policy import evaluate, mean_and_interval
 
 NAMES = ("PendulumSwingup", "PendulumSwingupReversed", "BallInCupCatch", "BallInCupCatchWindy",
          "FingerTurnHard", "FingerTurnHardTorque", "ReacherEasy", "ReacherEasyReversed")  # fmt: skip
