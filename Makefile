@@ -19,6 +19,9 @@ SOURCE_reacher = redraw/ReacherEasy-v0
 TARGET_reacher = redraw/ReacherEasyReversed-v0
 SOURCE = $(SOURCE_$(PAIR))
 TARGET = $(TARGET_$(PAIR))
+ifeq ($(SOURCE),)
+$(error PAIR must be reacher, pendulum, cup or finger, not '$(PAIR)')
+endif
 
 .PHONY: demo test egl clean
 .DELETE_ON_ERROR:
@@ -27,7 +30,7 @@ TARGET = $(TARGET_$(PAIR))
 # What rendering without a screen needs from a Debian system.
 EGL_PACKAGES = libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri
 egl:
-	@if [ "$$(uname)" = Linux ] && ! { ldconfig -p | grep -q 'libEGL\.so\.1' && ldconfig -p | grep -q 'libGL\.so\.1' && ldconfig -p | grep -q 'libEGL_mesa\|libEGL_nvidia'; }; then \
+	@PATH="$$PATH:/sbin:/usr/sbin"; if [ "$$(uname)" = Linux ] && ! { ldconfig -p | grep -q 'libEGL\.so\.1' && ldconfig -p | grep -q 'libGL\.so\.1' && ldconfig -p | grep -q 'libEGL_mesa\|libEGL_nvidia'; }; then \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 			apt-get update -qq && apt-get install -y -qq $(EGL_PACKAGES); \
 		else \

@@ -65,7 +65,7 @@ class DMCEnv(gym.Env):
     def __init__(self, domain, task, reverse_actions=False, wrench=None, image_size=64, action_repeat=2, render_mode="rgb_array"):
         if sys.platform.startswith("linux"):
             os.environ.setdefault("MUJOCO_GL", "egl")  # render without a screen; read at import
-        try:
+        try:  # here, not above: other environments do without, and --help stays quick
             import mujoco
             from dm_control import suite
             from dm_control.mujoco.engine import Camera
@@ -646,8 +646,7 @@ def pick_device(name):
 def check_positive(args, *names):
     """Raises UserError for a flag that must be above zero and is not."""
     for name in names:
-        value = getattr(args, name)
-        if value is not None and not value > 0:
+        if (value := getattr(args, name)) is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, it is {value}")
 
 
@@ -661,6 +660,11 @@ class Logger:
     def __init__(self, run_dir, args, track=False, overwrite=False):
         from torch.utils.tensorboard import SummaryWriter
 
+        if track:
+            try:
+                import wandb
+            except ImportError as e:
+                raise UserError("--track needs Weights & Biases: pip install wandb") from e
         self.dir = Path(run_dir)
         if (self.dir / "args.json").exists() and not overwrite:
             raise UserError(f"{run_dir} holds a run already; choose another --run-dir or add --overwrite")
@@ -672,13 +676,7 @@ class Logger:
             (self.dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1, default=str))
         except OSError as e:
             raise UserError(f"can't write into --run-dir {run_dir}: {e.strerror}") from e
-        self.wandb = None
-        if track:
-            try:
-                import wandb
-            except ImportError as e:
-                raise UserError("--track needs Weights & Biases: pip install wandb") from e
-            self.wandb = wandb.init(project="redraw", name=self.dir.name, config=dataclasses.asdict(args), dir=str(self.dir))
+        self.wandb = wandb.init(project="redraw", name=self.dir.name, config=dataclasses.asdict(args), dir=str(self.dir)) if track else None
         self.tensorboard = SummaryWriter(str(self.dir))
         self.csv = csv.writer(self.file)
         self.csv.writerow(["step", "metric", "value"])

@@ -182,7 +182,7 @@ def world_model_loss(draw, data, args, soft):
 
     Args:
         data: sequences of Replay.sample, (B, T, ...).
-        soft: share of the probabilities in the latent that the heads decode, 0 but early in training.
+        soft: share of the probabilities in the latent; 0 but early in training, so that z is one-hot.
     Returns:
         loss (), dict of metrics, and (embed (B, T, E), z, sigma (B, T, S, K)) without gradients.
     """
@@ -312,6 +312,8 @@ class ActorCritic:
 def main(args):
     check_positive(args, "steps", "n_envs", "episode_steps", "image_size", "hold", "batch", "length", "train_every", "horizon", "starts", "log_every",
                    "policy_every", "ensemble", "S", "K", "cnn_depth", "units", "actor_units", "vector_units")  # fmt: skip
+    if args.length < 2 or args.ensemble < 2:
+        raise UserError("--length and --ensemble must be at least 2")
     if args.starts > args.batch * args.length:
         raise UserError(f"--starts {args.starts} is more than batch x length = {args.batch * args.length} states")
     if not args.n_envs * args.length <= args.prefill < args.steps:

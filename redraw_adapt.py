@@ -126,7 +126,8 @@ class Rectified(nn.Module):
 
     def residual(self, z, sigma, action):
         """e_t = delta(z_{t-1}, a_{t-1}), the mean over members; (..., S, K) from (..., S, K), (..., S, K), (..., A)"""
-        z, sigma = z.detach(), sigma.detach()  # the inputs of delta carry no gradient
+        if any(p.requires_grad for p in self.delta.parameters()):  # in stage 2 the inputs of delta carry no gradient;
+            z, sigma = z.detach(), sigma.detach()  # in stage 3 the return's gradient must pass through the residual too
         inputs = [z.flatten(-2)] + [sigma.flatten(-2)] * self.use_sigma + [action / action.abs().clamp(min=1.0)]
         x = torch.cat(inputs, -1)
         return torch.stack([delta(x) for delta in self.delta]).mean(0).unflatten(-1, z.shape[-2:])
@@ -208,8 +209,7 @@ def collect(args, envs, policy):
         obs, _, terminated, truncated, _ = envs.step(action)
         first, last, terminal = last, terminated | truncated, terminated
     envs.close()
-    # (steps, n, ...) -> one environment after the other; each stream starts a sequence
-    rows["is_first"][0] = np.ones(n, bool)
+    # (steps, n, ...) -> one environment after the other
     return {k: np.concatenate(np.stack(v, 1)) for k, v in rows.items()}
 
 
@@ -231,6 +231,8 @@ def main(args):
     if args.dataset is None and args.target_env_id is None:
         raise UserError("give --dataset, or --target-env-id to collect one")
     check_positive(args, "n_envs", "hold", "episode_steps", "batch", "length", "log_every", "hidden", "layers", "members")
+    if args.length < 2:
+        raise UserError("--length must be at least 2: a first step has nothing to be predicted from")
     if args.dataset is None and args.collect_steps < 2 * args.n_envs * args.length:
         raise UserError(f"--collect-steps must be at least 2 x n_envs x length = {2 * args.n_envs * args.length}, it is {args.collect_steps}")
     seed_everything(args.seed)
@@ -271,20 +273,20 @@ def main(args):
         trained = list(draw.dynamics_net.requires_grad_(True).parameters())
     optimizer = torch.optim.Adam(trained, lr=args.lr, eps=1e-8, fused=True) if trained else None
 
-    def loss_of(part, start):
+    def loss_of(part, start, dynamics=rectified):
         """(kl, mask), (B, T) each, of sequences that begin at the `start`-th rows (B,) of a part of the data"""
         t = torch.from_numpy(rows[part][start[:, None] + np.arange(args.length)]).to(device)  # (B, T)
         q = posterior[t]  # (B, T, S, K)
-        return adaptation_loss(draw, rectified, q, sample_onehot(q.exp()), action[t], is_first[t])
+        return adaptation_loss(draw, dynamics, q, sample_onehot(q.exp()), action[t], is_first[t])
 
     @torch.no_grad()
-    def mean_kl(part, most=2000):
+    def mean_kl(part, dynamics=rectified, most=2000):
         """Mean KL in nats over (at most `most`) consecutive sequences of a part; the same ones each time."""
         starts = np.arange(0, len(rows[part]) - args.length + 1, args.length)
-        starts = starts[:: max(1, len(starts) // most)]
+        starts = starts[:: -(-len(starts) // most)]
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the same samples of z each time
-            pairs = [loss_of(part, s) for s in np.array_split(starts, max(1, len(starts) // 256))]
+            pairs = [loss_of(part, s, dynamics) for s in np.array_split(starts, max(1, len(starts) // 256))]
         return float(sum(kl.sum() for kl, _ in pairs) / sum(mask.sum() for _, mask in pairs))
 
     def save(name):
@@ -294,8 +296,7 @@ def main(args):
         )  # fmt: skip
 
     update, start_time = 0, time.time()
-    kl = {part: mean_kl(part) for part in rows}
-    before, best = dict(kl), np.inf
+    before, best = {part: mean_kl(part, Rectified(draw, "none")) for part in rows}, np.inf  # of the source's own dynamics
     bar = tqdm(total=args.updates if optimizer else 0, unit="update", mininterval=1.0)
     while True:
         if update % args.log_every == 0 or update == args.updates:

@@ -7,7 +7,7 @@ No environment is needed to train: trajectories start from posterior states of a
 for H steps. With r_{t+1} and c_{t+1} the predicted reward and continue of ARRIVING at step t+1:
 
     R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),   R_H = v_H,   v = critic mean
-    w_t = prod_{k <= t} gamma c_k
+    w_0 = 1,   w_t = prod_{1 <= k <= t} gamma c_k
     scale = max(return_floor, EMA_0.99 of [percentile_95(R) - percentile_5(R)])
     actor:  -w_t (log pi(a_t) sg((R_t - v_t) / scale) + 3e-4 entropy)
     critic: -w_t (log p(R_t) + log p(mean of the slow critic)),   slow = 2 % EMA each update
@@ -132,6 +132,8 @@ def main(args):
     for env_id in args.eval_env_ids:  # a typo must not cost a training
         envs = make_envs(env_id, 1, sizes.image_size)
         check_sizes(env_id, envs, sizes)
+        if envs.envs[0].spec.max_episode_steps is None:
+            raise UserError(f"{env_id} has no time limit, an evaluation might not end; register it with max_episode_steps")
         envs.close()
     draw = load_draw(checkpoint, device)
     rectified = load_rectified(checkpoint, draw, device)
@@ -244,7 +246,7 @@ def main(args):
         mean, half = mean_and_interval(returns)
         results[env_id] = {"mean": mean, "ci95": half, "returns": returns.tolist()}
         logger.log(args.updates, {f"eval/{env_id}": mean})
-        imageio.mimsave(run_dir / f"{env_id.split('/')[-1].split(':')[-1]}.gif", [f.repeat(4, 0).repeat(4, 1) for f in frames[::2]], duration=0.08)
+        imageio.mimsave(run_dir / f"{env_id.split('/')[-1].split(':')[-1]}.gif", [f.repeat(4, 0).repeat(4, 1) for f in frames[::2]], duration=80, loop=0)
         print(f"{env_id}: return {mean:.1f} +- {half:.1f} (95 % interval, {args.eval_episodes} episodes)")
     (run_dir / "eval.json").write_text(json.dumps(results, indent=1))
     logger.close()

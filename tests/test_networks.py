@@ -272,3 +272,26 @@ def test_checkpoint_can_not_run_code(tmp_path):
     with user_error("draw.pt"):
         load_checkpoint(tmp_path / "draw.pt", ("draw_pretrain",))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("method", ["residual", "replace"])
+def test_a_policy_gets_the_gradient_through_the_residual_and_its_training_does_not(method):
+    draw = DRAW(TINY).requires_grad_(False)
+    rectified = Rectified(draw, method)
+    for p in rectified.parameters():
+        torch.nn.init.normal_(p, std=0.3)  # a residual starts at zero
+    z, sigma, action = random_states(5)
+    z.requires_grad_(True)
+
+    def delta(z):
+        return rectified.delta[0](torch.cat([z.flatten(-2), action / action.abs().clamp(min=1.0)], -1)).unflatten(-1, z.shape[-2:])
+
+    def gradient(u):
+        return torch.autograd.grad((u * torch.arange(1.0, TINY.K + 1)).sum(), z, allow_unused=True)[0]
+
+    through_f = gradient(draw.dynamics(z, sigma, action)) if method == "residual" else None
+    stage2 = gradient(rectified(z, sigma, action))
+    rectified.requires_grad_(False)
+    stage3 = gradient(rectified(z, sigma, action))
+    assert torch.allclose(stage3, gradient(delta(z)) + (0 if through_f is None else through_f), atol=1e-6)
+    assert stage2 is None if through_f is None else torch.allclose(stage2, through_f, atol=1e-6)
