@@ -32,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (DRAW, Actor, Critic, Logger, Policy, Sizes, UserError, check_positive, held_noise, kl_categorical, make_envs, mix, mlp, pick_device,
-                    sample_onehot, save_checkpoint, save_dataset, seed_everything, symlog, twohot_log_prob, twohot_mean, unimix)  # fmt: skip
+                    sample_onehot, save_checkpoint, save_dataset, seed_everything, softmax, symlog, twohot_log_prob, twohot_mean, unimix)  # fmt: skip
 
 
 @dataclass
@@ -99,14 +99,20 @@ class Args:
     """H"""
     starts: int = 1024
     """imagined trajectories per update, at most batch * length"""
+    policy_start: int = 0
+    """world-model updates before the first actor-critic update; a policy trained on a blurred model learns its errors"""
     policy_every: int = 1
-    """world-model updates per actor-critic update"""
+    """world-model updates per update of the task's actor-critic"""
+    explore_every: int = 1
+    """the same for the exploration actor-critic"""
     gamma: float = 1 - 1 / 333
     lam: float = 0.95
     entropy: float = 3e-4
     actor_lr: float = 3e-5
     return_floor: float = 1.0
     """least scale that the task's advantages are divided by; sparse rewards and short runs want a smaller one"""
+    actor_grad: Literal["reinforce", "dynamics"] = "reinforce"
+    """how the task's actor learns: REINFORCE, or the return's gradient through the dynamics (straight-through)"""
     ensemble: int = 8
     """members"""
     ensemble_target: int = 0
@@ -212,7 +218,7 @@ def world_model_loss(draw, data, args, soft):
         "world_model/continue": cont.mean(), "world_model/kl": (kl_dyn * ~first).sum() / (~first).sum(),
         "world_model/posterior_entropy": -(q.exp() * q).sum((-2, -1)).mean(),
     }  # fmt: skip
-    return loss, metrics, (embed.detach(), z.detach(), u.softmax(-1).detach())
+    return loss, metrics, (embed.detach(), z.detach(), softmax(u).detach())
 
 
 class Ensemble(nn.Module):
@@ -252,8 +258,8 @@ class ActorCritic:
     r_{t+1} and c_{t+1} are reward and continue of ARRIVING at the imagined state t+1.
     """
 
-    def __init__(self, sizes, args, scale_floor, device):
-        self.args, self.scale_floor = args, scale_floor
+    def __init__(self, sizes, args, actor_grad, scale_floor, device):
+        self.args, self.actor_grad, self.scale_floor = args, actor_grad, scale_floor
         self.actor, self.critic, self.slow_critic = Actor(sizes).to(device), Critic(sizes).to(device), Critic(sizes).to(device)
         self.slow_critic.load_state_dict(self.critic.state_dict())
         self.optimizer = torch.optim.Adam([*self.actor.parameters(), *self.critic.parameters()], lr=args.actor_lr, eps=1e-5, fused=True)
@@ -270,36 +276,44 @@ class ActorCritic:
             dict of metrics.
         """
         args, H = self.args, self.args.horizon
-        with torch.no_grad():  # REINFORCE: no gradient through the dynamics
+        with torch.set_grad_enabled(self.actor_grad == "dynamics"):  # REINFORCE needs no gradient through the dynamics
             zs, sigmas, actions = [z], [sigma], []
             for _ in range(H):
-                action = self.actor(z).sample()  # (B, A)
-                sigma = draw.dynamics(z, sigma, action).softmax(-1)  # sigma_{t+1}
+                action = self.actor(z.detach()).rsample()  # (B, A)
+                sigma = softmax(draw.dynamics(z, sigma, action))  # sigma_{t+1}
                 z = sample_onehot(mix(sigma))  # z_{t+1} ~ p
                 zs, sigmas, actions = zs + [z], sigmas + [sigma], actions + [action]
             zs, sigmas, actions = torch.stack(zs), torch.stack(sigmas), torch.stack(actions)  # (H+1, B, S, K), (H, B, A)
             rewards = reward_fn(zs[:-1], sigmas[:-1], actions, zs[1:])  # (H, B): r_1 .. r_H
             discounts = args.gamma * draw.cont(zs[1:])  # (H, B): gamma c_1 .. gamma c_H
-            weights = torch.cat([weight[None], weight * discounts[:-1].cumprod(0)])  # (H, B): w_0 .. w_{H-1}
-            slow_values = twohot_mean(self.slow_critic(zs[:-1]))  # (H, B)
+        weights = torch.cat([weight[None], weight * discounts[:-1].detach().cumprod(0)])  # (H, B): w_0 .. w_{H-1}
 
         logits = self.critic(zs)  # (H+1, B, BINS)
-        values = twohot_mean(logits.detach())  # (H+1, B)
+        values = twohot_mean(logits)  # (H+1, B)
+        if self.actor_grad == "reinforce":
+            values = values.detach()
         R, returns = values[-1], []
         for t in reversed(range(H)):
             R = rewards[t] + discounts[t] * ((1 - args.lam) * values[t + 1] + args.lam * R)
             returns.insert(0, R)
         returns = torch.stack(returns)  # (H, B): R_0 .. R_{H-1}
-        p5, p95 = torch.quantile(returns, torch.tensor([0.05, 0.95], device=returns.device))
+        p5, p95 = torch.quantile(returns.detach(), torch.tensor([0.05, 0.95], device=returns.device))
         self.scale = 0.99 * self.scale + 0.01 * (p95 - p5)
-        advantages = (returns - values[:-1]) / self.scale.clamp(min=self.scale_floor)
+        scale = self.scale.clamp(min=self.scale_floor)
 
-        pi = self.actor(zs[:-1])
-        log_prob, entropy = pi.log_prob(actions).sum(-1), pi.entropy().sum(-1)  # (H, B)
-        actor_loss = -(weights * (log_prob * advantages + args.entropy * entropy)).mean()
-        critic_loss = -(weights * (twohot_log_prob(logits[:-1], returns) + twohot_log_prob(logits[:-1], slow_values))).mean()
+        pi = self.actor(zs[:-1].detach())
+        entropy = pi.entropy().sum(-1)  # (H, B)
+        if self.actor_grad == "reinforce":
+            objective = pi.log_prob(actions).sum(-1) * (returns - values[:-1]) / scale
+        else:
+            objective = returns / scale
+        actor_loss = -(weights * (objective + args.entropy * entropy)).mean()
+        with torch.no_grad():
+            slow_values = twohot_mean(self.slow_critic(zs[:-1]))  # (H, B)
+        critic_loss = -(weights * (twohot_log_prob(logits[:-1], returns.detach()) + twohot_log_prob(logits[:-1], slow_values))).mean()
         self.optimizer.zero_grad()
-        (actor_loss + critic_loss).backward()
+        actor_loss.backward(inputs=list(self.actor.parameters()), retain_graph=self.actor_grad == "dynamics")
+        critic_loss.backward(inputs=list(self.critic.parameters()))
         nn.utils.clip_grad_norm_(self.actor.parameters(), 100.0)
         nn.utils.clip_grad_norm_(self.critic.parameters(), 100.0)
         self.optimizer.step()
@@ -336,8 +350,8 @@ def main(args):
     if device.type == "cpu":
         draw = draw.to(memory_format=torch.channels_last)
     ensemble = Ensemble(sizes, draw.encoder.embed_size, args.ensemble, args.ensemble_target).to(device)
-    task = ActorCritic(sizes, args, scale_floor=args.return_floor, device=device)
-    explore = ActorCritic(sizes, args, scale_floor=0.01, device=device)
+    task = ActorCritic(sizes, args, args.actor_grad, scale_floor=args.return_floor, device=device)
+    explore = ActorCritic(sizes, args, "reinforce", scale_floor=0.01, device=device)
     optimizer = torch.optim.Adam(draw.parameters(), lr=args.lr, eps=1e-8, fused=True)
     ensemble_optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.lr, eps=1e-8, fused=True)
     replay = Replay(args.replay_size, args.n_envs, sizes)
@@ -361,12 +375,12 @@ def main(args):
     reward, first, last, terminal = zeros, zeros == 0, zeros != 0, zeros != 0
     action = np.zeros((args.n_envs, sizes.action_size), np.float32)
     collectors = np.full(args.n_envs, RANDOM)  # per environment, drawn anew for each episode
-    metrics, start = {}, time.time()
+    policy_metrics, start = {}, time.time()
     bar = tqdm(total=args.steps, unit="step", smoothing=0.05, mininterval=1.0)
     for step in range(0, args.steps, args.n_envs):
         # 1. act and store
         collectors[first] = np.random.randint(0, 3, first.sum())
-        if step < args.prefill or args.collect == "random":
+        if step < args.prefill or updates < args.policy_start or args.collect == "random":
             who = np.full(args.n_envs, RANDOM)
         elif args.collect == "mixed":
             who = collectors
@@ -407,13 +421,13 @@ def main(args):
             ensemble_optimizer.step()
             metrics["explore/ensemble_loss"] = ensemble_loss
             # 4. actor-critics, from the posterior states of the same batch
-            if updates % args.policy_every == 0:
-                pick = torch.randperm(args.batch * args.length, device=device)[: args.starts]
-                z, sigma = z.flatten(0, 1)[pick], sigma.flatten(0, 1)[pick]  # (starts, S, K)
-                weight = 1.0 - data["is_terminal"].flatten()[pick].float()
-                explored = explore.update(draw, z, sigma, weight, explore_reward)
-                trained = task.update(draw, z, sigma, weight, task_reward)
-                policy_metrics = {f"explore/{k}": v for k, v in explored.items()} | {f"task/{k}": v for k, v in trained.items()}
+            pick = torch.randperm(args.batch * args.length, device=device)[: args.starts]
+            z, sigma = z.flatten(0, 1)[pick], sigma.flatten(0, 1)[pick]  # (starts, S, K)
+            weight = 1.0 - data["is_terminal"].flatten()[pick].float()
+            if updates >= args.policy_start and updates % args.policy_every == 0:
+                policy_metrics |= {f"task/{k}": v for k, v in task.update(draw, z, sigma, weight, task_reward).items()}
+            if updates >= args.policy_start and updates % args.explore_every == 0:
+                policy_metrics |= {f"explore/{k}": v for k, v in explore.update(draw, z, sigma, weight, explore_reward).items()}
             updates += 1
             if updates % args.log_every == 0 or updates == total_updates:
                 metrics = metrics | policy_metrics
@@ -423,7 +437,7 @@ def main(args):
                 shown = logger.log(updates, metrics)
                 bar.set_postfix_str(
                     f"updates {updates}/{total_updates} image {shown['world_model/image']:.2f} kl {shown['world_model/kl']:.1f} "
-                    f"return {shown.get('collect/episode_return', np.nan):.0f} imagined {shown['task/return']:.1f}"
+                    f"return {shown.get('collect/episode_return', np.nan):.0f} imagined {shown.get('task/return', np.nan):.1f}"
                 )
             if updates % 1000 == 0:
                 save()

@@ -142,7 +142,7 @@ class Rectified(nn.Module):
 
     def log_prior(self, u):
         """log p(z_t | ...), (..., S, K). The rectified distribution has no unimix; DRAW's own keeps it."""
-        return u.log_softmax(-1) if self.method in ("residual", "replace") else unimix(u)
+        return u.transpose(-1, -2).log_softmax(-2).transpose(-1, -2) if self.method in ("residual", "replace") else unimix(u)
 
     def prior(self, sigma):
         """p(z_t | ...), the same as probabilities, from sigma_t = softmax(u_t) (..., S, K)"""

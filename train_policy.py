@@ -35,7 +35,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (Actor, Critic, Logger, Policy, Sizes, UserError, check_positive, check_sizes, load_checkpoint, load_dataset,
-                    load_draw, make_envs, pick_device, sample_onehot, save_checkpoint, seed_everything, twohot_log_prob,
+                    load_draw, make_envs, pick_device, sample_onehot, save_checkpoint, seed_everything, softmax, twohot_log_prob,
                     twohot_mean)  # fmt: skip
 from redraw_adapt import encode_dataset, load_rectified
 
@@ -164,7 +164,7 @@ def main(args):
             start = torch.randint(0, len(is_first) - args.length + 1, (args.batch, 1), device=device)
             t = start + torch.arange(args.length, device=device)  # (B, T)
             z = sample_onehot(posterior[t].exp())  # (B, T, S, K)
-            sigma = draw.observe(z, data_action[t], is_first[t], dynamics=rectified).softmax(-1)
+            sigma = softmax(draw.observe(z, data_action[t], is_first[t], dynamics=rectified))
             z, sigma = z.flatten(0, 1), sigma.flatten(0, 1)  # (B*T, S, K)
             alive = 1.0 - is_terminal[t].flatten().float()  # (B*T,), nothing follows a terminal state
 
@@ -174,7 +174,7 @@ def main(args):
             for _ in range(H):
                 pi = actor(z.detach())
                 action = pi.rsample()  # (B*T, A)
-                sigma = rectified(z, sigma, action).softmax(-1)  # (B*T, S, K)
+                sigma = softmax(rectified(z, sigma, action))  # (B*T, S, K)
                 z = sample_onehot(rectified.prior(sigma))
                 zs.append(z)
                 actions.append(action)
