@@ -1,9 +1,9 @@
-# make demo   the whole pipeline on one source/target pair (PAIR=reacher, pendulum, cup or finger)
+# make demo   the whole pipeline on one source/target pair (PAIR=pendulum, reacher, cup or finger)
 # make test   the tests
 # Both create .venv and install what they need into it.
 
 PYTHON ?= python3
-PAIR ?= reacher
+PAIR ?= pendulum
 SEED ?= 1
 RUNS ?= runs/$(PAIR)-$(SEED)
 PY = .venv/bin/python
@@ -20,7 +20,7 @@ TARGET_reacher = redraw/ReacherEasyReversed-v0
 SOURCE = $(SOURCE_$(PAIR))
 TARGET = $(TARGET_$(PAIR))
 ifeq ($(SOURCE),)
-$(error PAIR must be reacher, pendulum, cup or finger, not '$(PAIR)')
+$(error PAIR must be pendulum, reacher, cup or finger, not '$(PAIR)')
 endif
 
 .PHONY: demo test egl clean

@@ -13,6 +13,7 @@ redraw_adapt.py, and the imagination of stage 3 is in train_policy.py.
 """
 
 import csv
+import ctypes
 import dataclasses
 import json
 import os
@@ -640,6 +641,9 @@ def seed_everything(seed):
 def pick_device(name):
     """'auto' is CUDA where there is one, else the CPU."""
     torch.set_flush_denormal(True)  # CPUs are many times slower on the tiny numbers that Adam leaves behind
+    if sys.platform.startswith("linux"):  # else glibc gives the memory of every large tensor back, to be faulted in again
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, libc = -1, -3, ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30), libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -78,6 +78,8 @@ class Args:
     """B, sequences per update"""
     length: int = 64
     """T, steps per sequence"""
+    rewarded: float = 0.0
+    """share of the sequences that hold a reward; if it is rare, few updates would see any"""
     train_every: float = 2.0
     """agent steps per update"""
     lr: float = 1e-4
@@ -126,10 +128,11 @@ PRESETS = {
     "laptop": (
         "minutes on two CPU cores: 32x32 images, small networks, short episodes",
         Args(
-            steps=40_000, episode_steps=100, image_size=32, collect="mixed", prefill=16_000, hold=8.0, replay_size=200_000,
-            S=64, K=4, cnn_depth=16, vector_units=64, vector_layers=2, units=256, actor_units=128, batch=32, length=8, train_every=7.0,
-            lr=3e-3, warmup=100, decay=True, image_scale=300.0, vector_scale=100.0, reward_scale=50.0, soft_updates=500,
-            horizon=15, gamma=0.99, starts=128, policy_every=10, actor_lr=1e-3, return_floor=0.01, ensemble=5, ensemble_target=64,
+            env_id="redraw/PendulumSwingup-v0", steps=40_000, episode_steps=50, image_size=32, collect="mixed", prefill=16_000, hold=8.0,
+            replay_size=200_000, S=64, K=4, cnn_depth=8, vector_units=128, vector_layers=2, units=128, actor_units=128, batch=32, length=8,
+            rewarded=0.25, train_every=5.0, lr=3e-3, warmup=100, decay=True, image_scale=300.0, vector_scale=400.0, reward_scale=50.0,
+            soft_updates=500, policy_start=2500, policy_every=4, explore_every=8, horizon=15, gamma=0.99, starts=128, actor_lr=5e-4,
+            return_floor=0.01, ensemble=5, ensemble_target=64,
         ),
     ),
     "paper": ("the paper's sizes: one CUDA GPU, about a day", Args()),
@@ -165,12 +168,17 @@ class Replay:
     def __len__(self):
         return min(self.added, self.length)
 
-    def sample(self, B, T, device):
-        """Random sequences: dict of tensors (B, T, ...). They may cross episode borders, not the ring's head."""
-        n_envs = len(self.data["reward"])
-        oldest = self.added - len(self)
-        env = np.random.randint(0, n_envs, B)[:, None]
-        t = (oldest + np.random.randint(0, len(self) - T + 1, B)[:, None] + np.arange(T)) % self.length
+    def sample(self, B, T, device, rewarded=0.0):
+        """Random sequences: dict of tensors (B, T, ...). They may cross episode borders, not the ring's head.
+        A share `rewarded` of them is drawn so that they hold a row with reward, as far as there are any."""
+        n_envs, oldest = len(self.data["reward"]), self.added - len(self)
+        env, start = np.random.randint(0, n_envs, B), np.random.randint(0, len(self) - T + 1, B)
+        paid_env, paid_row = np.nonzero(self.data["reward"][:, : len(self)] > 0)
+        if n := round(rewarded * B) if len(paid_row) else 0:
+            pick = np.random.randint(0, len(paid_row), n)
+            age = (paid_row[pick] - oldest) % self.length  # rows since the oldest one
+            env[:n], start[:n] = paid_env[pick], np.clip(age - np.random.randint(0, T, n), 0, len(self) - T)
+        env, t = env[:, None], (oldest + start[:, None] + np.arange(T)) % self.length
         return {k: torch.from_numpy(v[env, t]).to(device, non_blocking=True) for k, v in self.data.items()}
 
     def save(self, folder, rows_per_file=10_000):
@@ -406,7 +414,7 @@ def main(args):
             for opt in (optimizer, ensemble_optimizer):
                 opt.param_groups[0]["lr"] = lr
             # 2. world model
-            data = replay.sample(args.batch, args.length, device)
+            data = replay.sample(args.batch, args.length, device, args.rewarded)
             soft = max(0.0, 1.0 - updates / args.soft_updates) if args.soft_updates else 0.0
             loss, metrics, (embed, z, sigma) = world_model_loss(draw, data, args, soft)
             optimizer.zero_grad()

@@ -94,7 +94,7 @@ class Args:
 PRESETS = {
     "laptop": (
         "a minute on two CPU cores",
-        Args(checkpoint=tyro.MISSING, collect_steps=10_000, collect_noise=0.5, episode_steps=100, lr=3e-3, updates=2000, batch=64, length=8,
+        Args(checkpoint=tyro.MISSING, collect_steps=10_000, collect_noise=0.5, episode_steps=50, lr=3e-3, updates=2000, batch=64, length=8,
              log_every=100),
     ),  # fmt: skip
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING)),

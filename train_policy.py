@@ -64,6 +64,8 @@ class Args:
     """B, sequences of start states per update"""
     length: int = 64
     """T, steps of each, so B * T imagined trajectories"""
+    rewarded: float = 0.0
+    """share of the sequences that begin where the model predicts reward; if that is rare, few updates would see any"""
     horizon: int = 40
     """H"""
     gamma: float = 1 - 1 / 333
@@ -84,9 +86,9 @@ class Args:
 PRESETS = {
     "laptop": (
         "minutes on two CPU cores",
-        Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING, updates=400, batch=128, length=2, horizon=15, gamma=0.99, lr=1e-3, return_floor=0.01,
-             actor_grad="dynamics", eval_every=0, eval_episodes=20),  # fmt: skip
-    ),
+        Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING, updates=3000, batch=32, length=2, rewarded=0.05, horizon=30, gamma=0.99, lr=5e-4,
+             return_floor=0.01, eval_every=0, eval_episodes=20),
+    ),  # fmt: skip
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING)),
 }
 
@@ -146,6 +148,7 @@ def main(args):
     is_first = torch.from_numpy(dataset["is_first"]).to(device)  # (N,)
     is_terminal = torch.from_numpy(dataset["is_terminal"]).to(device)  # (N,)
     del dataset
+    predicted = torch.cat([draw.reward(part.exp()) for part in posterior.split(1024)]).clamp(min=0.0) + 1e-6  # (N,), reward from z's mean
 
     # Actor and critic start from scratch.
     actor, critic, slow_critic = Actor(sizes).to(device), Critic(sizes).to(device), Critic(sizes).to(device)
@@ -161,8 +164,10 @@ def main(args):
     for update in bar:
         # Starts: posterior states (z, sigma) of replayed sequences; sigma is the rectified belief.
         with torch.no_grad():
-            start = torch.randint(0, len(is_first) - args.length + 1, (args.batch, 1), device=device)
-            t = start + torch.arange(args.length, device=device)  # (B, T)
+            rewarded = torch.multinomial(predicted, round(args.rewarded * args.batch), replacement=True) if args.rewarded else predicted.new_zeros(0).long()
+            start = torch.randint(0, len(is_first), (args.batch - len(rewarded),), device=device)
+            start = torch.cat([rewarded, start]).clamp(max=len(is_first) - args.length)
+            t = start[:, None] + torch.arange(args.length, device=device)  # (B, T)
             z = sample_onehot(posterior[t].exp())  # (B, T, S, K)
             sigma = softmax(draw.observe(z, data_action[t], is_first[t], dynamics=rectified))
             z, sigma = z.flatten(0, 1), sigma.flatten(0, 1)  # (B*T, S, K)

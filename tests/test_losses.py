@@ -188,7 +188,7 @@ def chain_actor_critic(monkeypatch, **changes):
         cont=lambda z: torch.where(place(z) == 2, 0.5, 1.0),  # half of the episodes end in place 2
     )
     z = F.one_hot(torch.zeros(5, 1, dtype=torch.long), 8).float()  # five starts in place 0
-    return ActorCritic(CHAIN, args, scale_floor=1.0, device="cpu"), draw, z
+    return ActorCritic(CHAIN, args, "reinforce", scale_floor=1.0, device="cpu"), draw, z
 
 
 def reward_of_the_place(z, sigma, action, z_next):
