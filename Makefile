@@ -17,6 +17,11 @@ SOURCE_finger = redraw/FingerTurnHard-v0
 TARGET_finger = redraw/FingerTurnHardTorque-v0
 SOURCE_reacher = redraw/ReacherEasy-v0
 TARGET_reacher = redraw/ReacherEasyReversed-v0
+# Pictures with more in them than a pendulum want a larger model and more updates (10,000).
+BIGGER = --cnn-depth 16 --units 256 --vector-scale 200 --train-every 2.4
+STAGE1_cup = $(BIGGER)
+STAGE1_finger = $(BIGGER)
+STAGE1_reacher = $(BIGGER)
 SOURCE = $(SOURCE_$(PAIR))
 TARGET = $(TARGET_$(PAIR))
 ifeq ($(SOURCE),)
@@ -53,7 +58,7 @@ demo: $(RUNS)/adapted-policy/done $(RUNS)/target-policy/done
 
 # stage 1: the world model, in the source
 $(RUNS)/source/done: | .venv/installed
-	$(PY) draw_pretrain.py laptop --env-id $(SOURCE) --seed $(SEED) --run-dir $(RUNS)/source --overwrite
+	$(PY) draw_pretrain.py laptop $(STAGE1_$(PAIR)) --env-id $(SOURCE) --seed $(SEED) --run-dir $(RUNS)/source --overwrite
 	@touch $@
 # stage 3: a policy for the source, evaluated there and, zero-shot, in the target
 $(RUNS)/source-policy/done: $(RUNS)/source/done
@@ -72,7 +77,7 @@ $(RUNS)/adapted-policy/done: $(RUNS)/adapted/done
 	@touch $@
 # the ceiling: world model and policy trained in the target itself, with the same budget
 $(RUNS)/target/done: | .venv/installed
-	$(PY) draw_pretrain.py laptop --env-id $(TARGET) --seed $(SEED) --run-dir $(RUNS)/target --overwrite
+	$(PY) draw_pretrain.py laptop $(STAGE1_$(PAIR)) --env-id $(TARGET) --seed $(SEED) --run-dir $(RUNS)/target --overwrite
 	@touch $@
 $(RUNS)/target-policy/done: $(RUNS)/target/done
 	$(PY) train_policy.py laptop --checkpoint $(RUNS)/target/draw.pt --dataset $(RUNS)/target/replay \

@@ -133,13 +133,8 @@ for name, domain, task, changes in (
     ("ReacherEasy", "reacher", "easy", {}),
     ("ReacherEasyReversed", "reacher", "easy", {"reverse_actions": True}),
 ):
-    gym.register(
-        id=f"redraw/{name}-v0",
-        entry_point=DMCEnv,
-        kwargs={"domain": domain, "task": task, **changes},
-        max_episode_steps=500,
-        disable_env_checker=True,
-    )
+    kwargs = {"domain": domain, "task": task, **changes}
+    gym.register(id=f"redraw/{name}-v0", entry_point=DMCEnv, kwargs=kwargs, max_episode_steps=500, disable_env_checker=True)
 
 
 def make_envs(env_id, n, image_size=None, episode_steps=None):
@@ -341,12 +336,8 @@ class Decoder(nn.Module):
         super().__init__()
         n = int(np.log2(sizes.image_size)) - 2
         channels = sizes.cnn_depth * 2 ** (n - 1)
-        self.start = nn.Sequential(
-            init_weights(nn.Linear(sizes.S * sizes.K, 16 * channels)),
-            nn.Unflatten(-1, (4, 4, channels)),
-            nn.LayerNorm(channels, eps=1e-3),
-            nn.SiLU(),
-        )
+        linear = init_weights(nn.Linear(sizes.S * sizes.K, 16 * channels))
+        self.start = nn.Sequential(linear, nn.Unflatten(-1, (4, 4, channels)), nn.LayerNorm(channels, eps=1e-3), nn.SiLU())
         layers = []
         for _ in range(n - 1):
             up = nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False)
@@ -595,10 +586,8 @@ def save_checkpoint(path, **contents):
 def load_checkpoint(path, stages, device="cpu"):
     """Reads a checkpoint and checks that it comes from one of `stages`, e.g. ("draw_pretrain",).
 
-    weights_only=True: a file from a stranger can't run code.
-
-    Raises:
-        UserError: no such file, not a checkpoint of this project, or one of another stage.
+    weights_only=True: a file from a stranger can't run code. UserError: no such file, not a
+    checkpoint of this project, or one of another stage.
     """
     makers = " or ".join(f"{s}.py" for s in stages)
     if not Path(path).is_file():

@@ -12,7 +12,7 @@ One iteration of the loop below:
     3. ensemble:     predict embed_{t+1} from (sigma_t, z_t, a_t)
     4. exploration and task actor-critic in imagination (its equations: see `ActorCritic`)
 
-    python draw_pretrain.py laptop --env-id redraw/ReacherEasy-v0 --run-dir runs/source
+    python draw_pretrain.py laptop --env-id redraw/PendulumSwingup-v0 --run-dir runs/source
 
 writes runs/source/draw.pt (weights, sizes, arguments), runs/source/replay/*.npz (a dataset for
 the later stages) and metrics.csv. Next: redraw_adapt.py.
@@ -37,7 +37,7 @@ from common import (DRAW, Actor, Critic, Logger, Policy, Sizes, UserError, check
 
 @dataclass
 class Args:
-    env_id: str = "redraw/ReacherEasy-v0"
+    env_id: str = "redraw/PendulumSwingup-v0"
     """source environment, a Gymnasium id, also as module:id"""
     run_dir: Optional[str] = None
     """folder for everything this run writes (default: runs/pretrain-ENV-SEED)"""
@@ -128,7 +128,7 @@ PRESETS = {
     "laptop": (
         "minutes on two CPU cores: 32x32 images, small networks, short episodes",
         Args(
-            env_id="redraw/PendulumSwingup-v0", steps=40_000, episode_steps=50, image_size=32, collect="mixed", prefill=16_000, hold=8.0,
+            steps=40_000, episode_steps=50, image_size=32, collect="mixed", prefill=16_000, hold=8.0,
             replay_size=200_000, S=64, K=4, cnn_depth=8, vector_units=128, vector_layers=2, units=128, actor_units=128, batch=32, length=8,
             rewarded=0.25, train_every=5.0, lr=3e-3, warmup=100, decay=True, image_scale=300.0, vector_scale=400.0, reward_scale=50.0,
             soft_updates=500, policy_start=2500, policy_every=4, explore_every=8, horizon=15, gamma=0.99, starts=128, actor_lr=5e-4,
@@ -333,9 +333,11 @@ class ActorCritic:
 
 def main(args):
     check_positive(args, "steps", "n_envs", "episode_steps", "image_size", "hold", "batch", "length", "train_every", "horizon", "starts", "log_every",
-                   "policy_every", "ensemble", "S", "K", "cnn_depth", "units", "actor_units", "vector_units")  # fmt: skip
+                   "policy_every", "explore_every", "ensemble", "S", "K", "cnn_depth", "units", "actor_units", "vector_units")  # fmt: skip
     if args.length < 2 or args.ensemble < 2:
         raise UserError("--length and --ensemble must be at least 2")
+    if not 0 <= args.rewarded <= 1:
+        raise UserError(f"--rewarded is a share from 0 to 1, it is {args.rewarded}")
     if args.starts > args.batch * args.length:
         raise UserError(f"--starts {args.starts} is more than batch x length = {args.batch * args.length} states")
     if not args.n_envs * args.length <= args.prefill < args.steps:

@@ -11,7 +11,7 @@ of the source stay, and only the latent dynamics are corrected, before the softm
 frame is encoded once, before training; no update touches an image.
 
     python redraw_adapt.py laptop --checkpoint runs/source/draw.pt --run-dir runs/adapted \
-        --target-env-id redraw/ReacherEasyReversed-v0 --collect-steps 10000
+        --target-env-id redraw/PendulumSwingupReversed-v0 --collect-steps 10000
 
 collects runs/adapted/dataset.npz (without rewards) and writes runs/adapted/best.pt (least KL on
 held-out episodes) and last.pt. With --dataset it starts from data of yours, e.g. a robot's.

@@ -13,7 +13,7 @@ for H steps. With r_{t+1} and c_{t+1} the predicted reward and continue of ARRIV
     critic: -w_t (log p(R_t) + log p(mean of the slow critic)),   slow = 2 % EMA each update
 
     python train_policy.py laptop --checkpoint runs/adapted/best.pt --dataset runs/adapted/dataset.npz \
-        --eval-env-ids redraw/ReacherEasyReversed-v0 --run-dir runs/policy
+        --eval-env-ids redraw/PendulumSwingupReversed-v0 --run-dir runs/policy
 
 writes runs/policy/policy.pt (encoder, posterior and actor: all that deployment needs), eval.json and
 a video of one episode per environment.
@@ -122,6 +122,8 @@ def mean_and_interval(returns):
 
 def main(args):
     check_positive(args, "updates", "batch", "length", "horizon", "return_floor", "log_every")
+    if not 0 <= args.rewarded <= 1:
+        raise UserError(f"--rewarded is a share from 0 to 1, it is {args.rewarded}")
     if args.eval_episodes < 2:
         raise UserError("--eval-episodes must be at least 2, for an interval")
     seed_everything(args.seed)

@@ -204,6 +204,21 @@ def test_replay_samples_stretches_of_time(added):
     assert set(data["vector"][:, 0, 0].tolist()) == {0, 1}
 
 
+@pytest.mark.parametrize("added", [20, 37])  # before the ring has wrapped, and after it
+def test_replay_draws_rewarded_sequences(added):
+    replay = filled_replay(40, added)
+    time = replay.data["reward"].copy()  # (environments, rows of the ring)
+    replay.data["action"][:] = time[..., None]
+    replay.data["reward"][:] = (time == added - 9) * np.array([[0.0], [1.0]])  # one reward, in the second environment
+    data = replay.sample(400, 5, "cpu", rewarded=0.5)
+    paid = data["reward"].sum(1) > 0
+    assert paid[:200].all() and 10 <= paid[200:].sum() <= 60  # 5 of 32 sequences of the rest hold it by chance
+    assert set(data["reward"][:200].argmax(1).tolist()) == set(range(5))  # at any place of the sequence
+    assert (data["action"].diff(dim=1) == 1).all()  # contiguous, so never across the ring's head
+    replay.data["reward"][:] = 0
+    assert not replay.sample(400, 5, "cpu", rewarded=0.5)["reward"].any()  # as long as there is no reward: any sequence
+
+
 @pytest.mark.parametrize("added", [10, 27])
 def test_replay_saves_a_dataset(tmp_path, added):
     filled_replay(40, added).save(tmp_path, rows_per_file=4)

@@ -180,7 +180,7 @@ def place(z):
     return (z.squeeze(-2) * torch.arange(8)).sum(-1)
 
 
-def chain_actor_critic(monkeypatch, **changes):
+def chain_actor_critic(monkeypatch, actor_grad="reinforce", **changes):
     monkeypatch.setattr(draw_pretrain, "sample_onehot", lambda probs: F.one_hot(probs.argmax(-1), 8).float())
     args = draw_pretrain.Args(**{"horizon": 3, "gamma": 0.8, "lam": 0.5, **changes})
     draw = SimpleNamespace(
@@ -188,7 +188,7 @@ def chain_actor_critic(monkeypatch, **changes):
         cont=lambda z: torch.where(place(z) == 2, 0.5, 1.0),  # half of the episodes end in place 2
     )
     z = F.one_hot(torch.zeros(5, 1, dtype=torch.long), 8).float()  # five starts in place 0
-    return ActorCritic(CHAIN, args, "reinforce", scale_floor=1.0, device="cpu"), draw, z
+    return ActorCritic(CHAIN, args, actor_grad, scale_floor=1.0, device="cpu"), draw, z
 
 
 def reward_of_the_place(z, sigma, action, z_next):
@@ -221,8 +221,9 @@ R0 = 1.0 + 0.8 * 1.0 * (0.5 * V1 + 0.5 * R1)
 MEAN_BOOTSTRAPPED_RETURN = (R0 + R1 + R2) / 3
 
 
-def test_lambda_returns_weights_and_scale(monkeypatch):
-    trained, draw, z = chain_actor_critic(monkeypatch)
+@pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
+def test_lambda_returns_weights_and_scale(monkeypatch, actor_grad):
+    trained, draw, z = chain_actor_critic(monkeypatch, actor_grad)
     spread = np.subtract(*np.percentile(RETURNS * 5, [95, 5]))
     metrics = trained.update(draw, z, z, torch.ones(5), reward_of_the_place)
     assert metrics["reward"].item() == pytest.approx(2.0)
@@ -270,8 +271,9 @@ def test_nothing_is_learned_after_the_end_of_an_episode(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before, (*trained.actor.parameters(), *trained.critic.parameters())))
 
 
-def test_actor_and_critic_learn_the_way_they_should(monkeypatch):
-    trained, draw, z = chain_actor_critic(monkeypatch, actor_lr=1e-2, gamma=0.0)
+@pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
+def test_actor_and_critic_learn_the_way_they_should(monkeypatch, actor_grad):
+    trained, draw, z = chain_actor_critic(monkeypatch, actor_grad, actor_lr=1e-2, gamma=0.0)
     z = z.repeat(20, 1, 1)
     mean = trained.actor(z).mean.mean().item()
     for _ in range(40):
@@ -393,6 +395,20 @@ def test_stage_3_returns_and_weights(monkeypatch, tmp_path, actor_grad):
 def test_stage_3_bootstraps_from_the_critic(monkeypatch, tmp_path, actor_grad):
     monkeypatch.setattr(train_policy, "Critic", critic_of_places)
     assert chain_metrics(monkeypatch, tmp_path, actor_grad)["policy/imagined_return"] == pytest.approx([MEAN_BOOTSTRAPPED_RETURN], rel=1e-3)
+
+
+def test_stage_3_starts_where_reward_is_predicted(monkeypatch, tmp_path):
+    draw = DRAW(TINY)
+    draw.encoder.forward = lambda image, vector: vector
+    draw.posterior = lambda vector: 20 * F.one_hot((vector[..., 0] > 0).long(), 4).float().unsqueeze(-2).expand(*vector.shape[:-1], 3, 4) - 20
+    draw.dynamics = lambda z, sigma, action: 50 * z  # nothing moves
+    draw.reward = lambda z: z[..., 0, 1]
+    rows = random_rows(8)
+    rows["vector"][:, 0] = np.arange(8) == 5  # the sixth row is the one that pays
+    for rewarded, low, high in ((0.0, 0.0, 0.5), (0.5, 0.4, 0.8), (1.0, 0.95, 1.0)):
+        (tmp_path / str(rewarded)).mkdir()
+        metrics, _ = run_policy(monkeypatch, tmp_path / str(rewarded), draw, rows, rewarded=rewarded, batch=64, length=1)
+        assert low <= metrics["policy/imagined_reward"][0] <= high
 
 
 @pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])

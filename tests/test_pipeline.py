@@ -26,10 +26,11 @@ SCRIPTS = ("draw_pretrain", "redraw_adapt", "train_policy")
 PRETRAIN = """laptop --steps 600 --prefill 400 --n-envs 2 --episode-steps 50 --image-size 16 --collect mixed --hold 4 --replay-size 10000
     --S 4 --K 4 --cnn-depth 4 --vector-units 8 --vector-layers 1 --units 16 --actor-units 16 --batch 4 --length 8 --train-every 4 --lr 1e-3
     --warmup 5 --soft-updates 10 --image-scale 1 --vector-scale 1 --reward-scale 1 --return-floor 1 --actor-lr 3e-4
-    --horizon 3 --starts 8 --policy-every 2 --ensemble 2 --ensemble-target 4 --log-every 10 --device cpu""".split()
+    --horizon 3 --starts 8 --policy-start 10 --policy-every 2 --explore-every 3 --rewarded 0.25 --actor-grad dynamics
+    --ensemble 2 --ensemble-target 4 --log-every 10 --device cpu""".split()
 ADAPT = """laptop --collect-steps 400 --collect-policy zero-shot --collect-noise 0.5 --episode-steps 50 --n-envs 2 --hidden 16 --lr 1e-2 --updates 60
     --batch 8 --length 8 --log-every 20 --device cpu""".split()
-POLICY = "laptop --updates 20 --batch 2 --length 4 --horizon 3 --log-every 5 --eval-every 0 --eval-episodes 2 --device cpu".split()
+POLICY = "laptop --updates 20 --batch 2 --length 4 --rewarded 0.5 --horizon 3 --log-every 5 --eval-every 0 --eval-episodes 2 --device cpu".split()
 
 PENDULUM = "redraw/PendulumSwingup-v0", "redraw/PendulumSwingupReversed-v0"
 TOY = "toy_env:Toy-v0", "toy_env:ToyReversed-v0"  # an environment of the user's own
@@ -233,6 +234,7 @@ def test_overwriting_leaves_no_rows_of_the_old_run(tmp_path):
         ("--env-id toy_env:ToyDiscrete-v0", ["action"]),
         ("--starts 33", ["--starts"]),  # of 4 sequences of 8
         ("--prefill 10", ["--prefill"]),
+        ("--rewarded 1.5", ["--rewarded"]),
         ("--replay-size 10", ["--replay-size"]),
         ("--image-size 20 --env-id redraw/PendulumSwingup-v0", ["image"]),
         ("--device gpu", ["--device"]),
@@ -275,6 +277,7 @@ def test_mistakes_in_adaptation(files, tmp_path, flags, words):
         ("--checkpoint {F}/data.npz", ["data.npz"]),
         ("--dataset {F}/wide.npz", ["vector"]),
         ("--length 61", ["--length"]),
+        ("--rewarded -0.1", ["--rewarded"]),
         ("--eval-env-ids toy_env:NoSuch-v0", ["NoSuch"]),  # before the training, not after it
         ("--eval-env-ids redraw/ReacherEasy-v0", ["ReacherEasy"]),  # the checkpoint has one action, it has two
         ("--eval-env-ids toy_env:Toy-v0 --eval-episodes 0", ["--eval-episodes"]),
