@@ -53,7 +53,7 @@ test: .venv/installed
 	$(PY) -m pytest tests -q
 
 # Each stage is made once: an interrupted `make demo` goes on with the first stage that is not done.
-demo: $(RUNS)/adapted-policy/done $(RUNS)/target-policy/done
+demo: $(RUNS)/source-policy/done $(RUNS)/adapted-policy/done $(RUNS)/target-policy/done
 	$(PY) docs/demo_table.py --runs $(RUNS) --source $(SOURCE) --target $(TARGET)
 
 # stage 1: the world model, in the source
@@ -65,10 +65,10 @@ $(RUNS)/source-policy/done: $(RUNS)/source/done
 	$(PY) train_policy.py laptop --checkpoint $(RUNS)/source/draw.pt --dataset $(RUNS)/source/replay \
 		--eval-env-ids $(SOURCE) $(TARGET) --seed $(SEED) --run-dir $(RUNS)/source-policy --overwrite
 	@touch $@
-# stage 2: the residual, from target data without rewards that the source's policy collects
-$(RUNS)/adapted/done: $(RUNS)/source-policy/done
+# stage 2: the residual, from target data without rewards
+$(RUNS)/adapted/done: $(RUNS)/source/done
 	$(PY) redraw_adapt.py laptop --checkpoint $(RUNS)/source/draw.pt --target-env-id $(TARGET) \
-		--collect-policy $(RUNS)/source-policy/policy.pt --seed $(SEED) --run-dir $(RUNS)/adapted --overwrite
+		--seed $(SEED) --run-dir $(RUNS)/adapted --overwrite
 	@touch $@
 # stage 3: a policy for the target, in the rectified imagination
 $(RUNS)/adapted-policy/done: $(RUNS)/adapted/done

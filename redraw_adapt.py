@@ -93,9 +93,8 @@ class Args:
 
 PRESETS = {
     "laptop": (
-        "a minute on two CPU cores",
-        Args(checkpoint=tyro.MISSING, collect_steps=10_000, collect_noise=0.5, episode_steps=50, lr=3e-3, updates=2000, batch=64, length=8,
-             log_every=100),
+        "minutes on two CPU cores",
+        Args(checkpoint=tyro.MISSING, collect_policy="random", episode_steps=40, hidden=512, lr=2e-3, updates=3000, batch=64, length=8, log_every=250),
     ),  # fmt: skip
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING)),
 }
