@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import draw_pretrain  # noqa: E402  (after the path)
 import redraw_adapt  # noqa: E402
 import train_policy  # noqa: E402
-from common import Policy, Sizes, load_checkpoint, load_draw, load_policy, make_envs, sample_onehot, save_dataset  # noqa: E402
+from common import load_checkpoint, load_draw, load_policy, make_envs, save_dataset  # noqa: E402
 from redraw_adapt import encode_dataset, load_rectified  # noqa: E402
 
 ROWS, COLUMNS, STEPS = 3, 4, 12
@@ -83,8 +83,9 @@ def best_returns(order):
     return values
 
 
-def record(env_id, n, seed):
-    """n rows of whole or cut episodes of random actions, none of them close to the sign's border; and the cell of each row"""
+def record(env_id, n, seed, margin=0.0):
+    """n rows of whole episodes (the last may be cut) of random actions, none of them closer to the sign's border than the margin; and the
+    cell of each row"""
     rng = np.random.default_rng(seed)
     env, rows, cells, last = gym.make(env_id), [], [], True
     for i in range(n):
@@ -95,7 +96,7 @@ def record(env_id, n, seed):
             obs, _, terminal, truncated, _ = env.step(rows[-1]["action"])
             last = terminal or truncated
         cells.append(env.unwrapped.cell)
-        action = (rng.choice([-1, 1], 2) * rng.uniform(0.3, 1.0, 2)).astype(np.float32)
+        action = (rng.choice([-1, 1], 2) * rng.uniform(margin, 1.0, 2)).astype(np.float32)
         rows.append(obs | {"action": action, "is_first": first, "is_last": last, "is_terminal": terminal})
     return {k: np.stack([r[k] for r in rows]) for k in rows[0]}, np.array(cells)
 
@@ -113,7 +114,7 @@ def learn_source(folder, seed):
 def adapt(folder, draw, n, seed, method="residual", updates=800, hidden=128):
     """Stage 2 on n target rows; returns its run folder"""
     name = f"{folder}/{method}-{n}"
-    save_dataset(f"{name}.npz", record(TARGET, n, seed)[0])
+    save_dataset(f"{name}.npz", record(TARGET, n, seed, margin=0.1)[0])
     redraw_adapt.main(redraw_adapt.Args(
         checkpoint=draw, dataset=f"{name}.npz", run_dir=name, seed=seed, device="cpu", method=method, hidden=hidden, lr=3e-3, updates=updates, batch=32,
         length=6, holdout=0.2, log_every=100,
@@ -128,12 +129,13 @@ def judge(checkpoint, env_id=TARGET, n=1500, seed=999):
     checkpoint = load_checkpoint(checkpoint, ("draw_pretrain", "redraw_adapt"))
     draw = load_draw(checkpoint, "cpu")
     rectified = load_rectified(checkpoint, draw, "cpu")
-    rows, cells = record(env_id, n, seed)
+    rows, cells = record(env_id, n, seed, margin=0.3)  # where the border is no data tells exactly
     all_cells = {k: np.stack([observation(c)[k] for c in range(CELLS)]) for k in ("image", "vector")} | {"is_first": np.ones(CELLS, bool)}
     code = encode_dataset(draw, all_cells, "cpu")  # log q of each cell, (12, S, K)
     q = code[torch.from_numpy(cells)]  # (n, S, K)
     first = torch.from_numpy(rows["is_first"])
-    u = draw.observe(sample_onehot(q.exp())[None], torch.from_numpy(rows["action"])[None], first[None], dynamics=rectified)[0]
+    z = torch.nn.functional.one_hot(q.argmax(-1), q.shape[-1]).float()  # a sample would err in 6 % of the rows, by unimix
+    u = draw.observe(z[None], torch.from_numpy(rows["action"])[None], first[None], dynamics=rectified)[0]
     logp = rectified.log_prior(u)
     kl = (code.exp() * (code - logp[:, None])).sum((-2, -1))  # (n, 12), of each cell to the prediction
     right = kl.argmin(-1) == torch.from_numpy(cells)
@@ -143,7 +145,7 @@ def judge(checkpoint, env_id=TARGET, n=1500, seed=999):
 def train(folder, checkpoint, dataset, seed):
     """Stage 3 without an environment; returns the policy"""
     train_policy.main(train_policy.Args(
-        checkpoint=str(checkpoint), dataset=str(dataset), run_dir=f"{folder}/policy", seed=seed, device="cpu", updates=800, batch=32, length=4, horizon=8,
+        checkpoint=str(checkpoint), dataset=str(dataset), run_dir=f"{folder}/policy", seed=seed, device="cpu", updates=600, batch=32, length=4, horizon=8,
         gamma=0.9, lr=3e-3, entropy=1e-3, return_floor=0.1, log_every=100,
     ))  # fmt: skip
     return load_policy(f"{folder}/policy/policy.pt")

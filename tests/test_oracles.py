@@ -38,7 +38,8 @@ def close(torch_value, slow, rtol=1e-4, atol=1e-5):
 def rowwise(function, *arrays):
     """function of each row of the last two dimensions, (..., S, K)"""
     shape = arrays[0].shape[:-2]
-    return np.array([function(*(a[i] for a in arrays)) for i in np.ndindex(shape)]).reshape(*shape, *np.shape(function(*(a[(0,) * len(shape)] for a in arrays))))
+    results = np.array([function(*(a[i] for a in arrays)) for i in np.ndindex(shape)])
+    return results.reshape(*shape, *results.shape[1:])
 
 
 def shaken(module, std=0.4):
