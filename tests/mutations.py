@@ -126,9 +126,9 @@ def pytest_of(folder, tests):
     command = [sys.executable, "-m", "pytest", f"tests/{file}", "-x", "-q", "-p", "no:cacheprovider", *(["-k", words] if words else [])]
     env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}  # bytecode could outlive a line that changed within a second
     try:
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     except subprocess.TimeoutExpired:
-        return 1, ["ran too long"]
+        return None, []  # a busy machine proves nothing
     return done.returncode, re.findall(r"^FAILED tests/\S*::(\S+)", done.stdout, re.M)
 
 
