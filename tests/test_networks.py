@@ -139,13 +139,6 @@ def test_samples_are_one_hot_and_as_frequent_as_their_probabilities():
     assert torch.allclose(pairs, probs[0][:, None] * probs[2], atol=0.01)  # the variables are independent of each other
 
 
-def test_samples_pass_the_gradient_of_the_probabilities():
-    logits, w = torch.randn(3, 2, 4, requires_grad=True), torch.randn(3, 2, 4)
-    through_sample = torch.autograd.grad((sample_onehot(logits.softmax(-1)) * w).sum(), logits)[0]
-    through_probs = torch.autograd.grad((logits.softmax(-1) * w).sum(), logits)[0]
-    assert torch.allclose(through_sample, through_probs, atol=1e-6)
-
-
 def test_observe_restarts_at_a_border():
     draw = DRAW(TINY)
     nn.init.normal_(draw.initial_logits)
