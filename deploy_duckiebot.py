@@ -515,7 +515,7 @@ class Duckiebot:
         first = self.first_command or now  # what only follows commands can't be late before the first one
         if velocity is None or now - max(velocity[2], first) > STALE:
             raise Stop(f"no velocity from the {self.args.velocity} for {STALE} s")
-        if now - max(self.acknowledged or 0.0, first) > UNACKNOWLEDGED:
+        if not self.dry_run and now - max(self.acknowledged or 0.0, first) > UNACKNOWLEDGED:
             raise Stop(f"no acknowledgement (wheels_cmd_executed) for {UNACKNOWLEDGED} s")
         self.age = now - frame[0]
         return self.picture(frame[2]), velocity[0], velocity[1], frame[0], frame[1], False
@@ -560,6 +560,7 @@ class Duckiebot:
                 raise UserError(f"nothing comes from {', '.join(missing)} of /{self.vehicle}; is --vehicle right?")
             self.send(self.wheels, {"vel_left": 0.0, "vel_right": 0.0})  # a zero moves nothing, and is acknowledged
             time.sleep(0.1)
+        time.sleep(FROZEN + 0.1)  # so long that a frozen picture shows
         try:
             for _ in range(3):  # the first calls of a network are slow
                 try_policy(*self.observe()[:3])

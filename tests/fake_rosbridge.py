@@ -27,16 +27,15 @@ TYPES = {
 CLOCK = -5e8  # s, the robot's clock is not ours
 
 
-def jpegs(n=8):
+def jpegs(width, height, n=8):
     """n noisy pictures, base64"""
     rng = np.random.default_rng(0)
-    scene = cv2.resize(rng.integers(0, 256, (12, 16, 3), np.uint8), (640, 480), interpolation=cv2.INTER_CUBIC)
+    scene = cv2.resize(rng.integers(0, 256, (12, 16, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
     noisy = [np.clip(scene + rng.normal(0, 3, scene.shape), 0, 255).astype(np.uint8) for _ in range(n)]
     return [base64.b64encode(cv2.imencode(".jpg", image)[1].tobytes()).decode() for image in noisy]
 
 
-JPEGS = jpegs()
-ODD = base64.b64encode(cv2.imencode(".jpg", np.zeros((240, 320, 3), np.uint8))[1].tobytes()).decode()
+JPEGS, SMALL = jpegs(640, 480), jpegs(320, 240)
 
 
 class FakeRobot:
@@ -50,7 +49,7 @@ class FakeRobot:
         self.commands, self.stops, self.advertised, self.errors = [], [], {}, []  # (time, left, right, client), (time, data, client)
         self.fault, self.fault_time, self.plan = set(), None, None
         self.motors, self.flag, self.turned, self.clients = (0.0, 0.0), False, {"left": 0.0, "right": 0.0}, {}
-        self.tasks, self.number = [], 0
+        self.number = 0
 
     def __enter__(self):
         self.started = threading.Event()
@@ -89,6 +88,8 @@ class FakeRobot:
             self.started.set()
             await self.end.wait()
             feed.cancel()
+            for client in self.clients:  # a goodbye would wait for clients that are gone
+                client.transport.abort()
 
     async def refuse(self, connection, request):
         return connection.respond(503, "no") if "refuse" in self.fault else None
@@ -160,7 +161,7 @@ class FakeRobot:
                 await self.publish(CAMERA, {"header": None, "data": 7})
             elif "no frames" not in self.fault:
                 last = last if "frozen frames" in self.fault else (last + 1) % len(JPEGS)
-                data = ODD if "small frames" in self.fault else JPEGS[last]
+                data = (SMALL if "small frames" in self.fault else JPEGS)[last]
                 data = f"{k:04d}" + data[4:200] if "corrupt frames" in self.fault else data
                 await self.publish(CAMERA, {"header": self.header(), "format": "jpeg", "data": data})
             for side, duty in zip(ENCODERS, self.motors):
