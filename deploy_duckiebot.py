@@ -219,7 +219,7 @@ class DuckietownEnv(gym.Env):
         map_name: of the simulator, e.g. small_loop, loop_empty, udem1, zigzag_dists.
         reverse_actions: apply -a instead of a.
         gain, trim: the duties of the left and right motor are multiplied by gain - trim and gain + trim.
-        delay: s from a command to its effect.
+        delay: s from a command to its effect, felt in ticks of 1/30 s: with 0.05 the first third of a step still has the last command.
         domain_rand: new colours, lights and camera pose in each episode.
         physics_rand: each episode scales speed and turning by draws from N(1, 0.316), each step by N(1, 0.1) more.
         distortion: the robot's fisheye picture instead of a pinhole camera's (four times slower).
@@ -237,8 +237,11 @@ class DuckietownEnv(gym.Env):
             with contextlib.redirect_stdout(io.StringIO()):
                 self.sim = simulator(map_name=map_name, domain_rand=domain_rand, distortion=distortion, camera_width=width,
                                      camera_height=height, frame_rate=30, max_steps=np.inf, seed=0)  # fmt: skip
-        except (FileNotFoundError, KeyError) as e:
-            raise UserError(f"the simulator has no map {map_name} ({e})") from e
+        except Exception as e:
+            raise UserError(f"the simulator has no map {map_name}; small_loop, loop_empty and udem1 are some that it has") from e
+        from pyglet import gl
+
+        self.gl = gl
         self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
         self.observation_space = gym.spaces.Dict(
             image=gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8), vector=gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
@@ -247,6 +250,7 @@ class DuckietownEnv(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.sim.shadow_window.switch_to()  # each copy has an OpenGL context of its own
+        self.gl.glLoadIdentity()  # else its light would hang where the last episode's camera was, and no reset were like another
         self.sim.seed(int(self.np_random.integers(2**31)))
         with contextlib.redirect_stdout(io.StringIO()):
             self.sim.reset()
@@ -315,7 +319,7 @@ class SimulatedRobot:
             raise UserError(f"can't make environment '{args.env_id}': {e}") from e
         if not isinstance(self.env.unwrapped, DuckietownEnv):
             raise UserError(f"--env-id {args.env_id} is not one of this file's: redraw/Duckietown-v0, redraw/DuckietownReversed-v0, ...")
-        self.keys = keys if args.drive == "keyboard" or sys.stdin.isatty() else None
+        self.keys = keys
         self.steps, self.simulated = 0, None if args.realtime or args.drive in ("keyboard", "joystick") else 0.0
         self.kinematics, self.episode_steps = CALIBRATION, self.env.spec.max_episode_steps
         self.rewards, self.offsets, self.turned, self.is_first = [], [], 0.0, True
@@ -761,7 +765,8 @@ def main(args):
     if args.export:
         return export(policy, args.export)
     image_size = policy.sizes.image_size if policy else args.image_size
-    keys = Keys(args.drive == "keyboard")
+    person = args.robot != "sim" or args.drive == "keyboard" or sys.stdin.isatty()  # a simulated robot also drives unwatched
+    keys = Keys(args.drive == "keyboard") if person else None
     robot = (SimulatedRobot if args.robot == "sim" else Duckiebot)(args, image_size, keys)
     driver = make_driver(args, policy, keys, robot)
 
@@ -812,7 +817,8 @@ def main(args):
         for number in signals:
             signal.signal(number, signal.SIG_IGN)
         robot.stop(fault)
-        keys.stop()
+        if keys:
+            keys.stop()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     print(f"stopped: {reason}")
