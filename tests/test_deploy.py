@@ -194,11 +194,14 @@ def test_mistakes_before_the_motors_are_armed(robot, drive, tmp_path):
 # ---- Stopping: each fault comes after ten commands that move ----
 
 
-@pytest.mark.parametrize("fault", ["no frames", "frozen frames", "late frames", "corrupt frames", "small frames", "garbage", "no acknowledgements", "no ticks"])
-def test_faults_of_the_robot_stop_it(robot, drive, fault):
+@pytest.mark.parametrize(
+    "fault, words", [("no frames", "no camera frame"), ("frozen frames", "not changed"), ("late frames", "no camera frame"), ("corrupt frames", "JPEG"),
+                     ("small frames", "JPEG of 640x480"), ("garbage", "no JPEG"), ("no acknowledgements", "no acknowledgement"), ("no ticks", "no velocity")]
+)  # fmt: skip
+def test_faults_of_the_robot_stop_it(robot, drive, fault, words):
     robot.when(10, fault)
     error = drive(Script())
-    assert isinstance(error, SystemExit) and "stopped" in str(error)
+    assert isinstance(error, SystemExit) and str(error).startswith("error: stopped: ") and words in str(error) and "\n" not in str(error)
     check_stopped(robot)
 
 
