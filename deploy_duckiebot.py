@@ -405,10 +405,10 @@ def watchdog(host, port, vehicle):
     while True:
         alive = select.select([sys.stdin], [], [], 0.3 if armed else None)[0]
         data = os.read(sys.stdin.fileno(), 4096) if alive else b""
-        if b"q" in data or (not data and not armed):
-            os._exit(0)
-        if not data or b"x" in data:
+        if b"x" in data or (not data and armed):
             break
+        if b"q" in data or not data:
+            os._exit(0)
         armed = True
     sent, end = 0, time.monotonic() + 60
     while sent < 10 and time.monotonic() < end:

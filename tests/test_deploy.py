@@ -196,7 +196,7 @@ def test_mistakes_before_the_motors_are_armed(robot, drive, tmp_path):
 
 @pytest.mark.parametrize(
     "fault, words", [("no frames", "no camera frame"), ("frozen frames", "not changed"), ("late frames", "no camera frame"), ("corrupt frames", "JPEG"),
-                     ("small frames", "JPEG of 640x480"), ("garbage", "no JPEG"), ("no acknowledgements", "no acknowledgement"), ("no ticks", "no velocity")]
+                     ("small frames", "JPEG of 640x480"), ("garbage", "no camera frame"), ("no acknowledgements", "no acknowledgement"), ("no ticks", "no velocity")]
 )  # fmt: skip
 def test_faults_of_the_robot_stop_it(robot, drive, fault, words):
     robot.when(10, fault)
@@ -295,6 +295,23 @@ def test_no_arming_without_a_watchdog(robot, drive, monkeypatch):
     monkeypatch.setattr(deploy.subprocess, "Popen", lambda command, **k: real([sys.executable, "-c", "pass"], **k))
     error = drive(Script())
     assert "watchdog" in str(error) and not robot.moving()
+
+
+@pytest.mark.parametrize("said, zeros", [(b"xq", True), (b"q", False), (b"", True), (None, True)])
+def test_watchdog_alone(robot, said, zeros):
+    """Armed by a heartbeat, then: a stop and an end at once, an end, the driver's death, silence"""
+    source = f"{deploy.inspect.getsource(deploy.watchdog)}\nwatchdog('127.0.0.1', {robot.port}, 'duckie')"
+    dog = subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    assert dog.stdout.readline() == b"ready\n"
+    for _ in range(5):
+        dog.stdin.write(b"h")
+        time.sleep(0.1)
+    assert not robot.commands and not robot.stops  # as long as the heart beats it does nothing
+    if said is not None:
+        dog.stdin.write(said) if said else dog.stdin.close()
+    time.sleep(0.5)
+    assert (len(robot.commands) >= 5 and robot.flag) if zeros else (not robot.commands and not robot.stops)
+    assert all(c[1:3] == (0, 0) for c in robot.commands) and dog.wait(5) == 0
 
 
 def start_driver(robot, tmp_path, *flags):
