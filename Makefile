@@ -1,6 +1,8 @@
 # make demo   the whole pipeline on one source/target pair (PAIR=pendulum, reacher, cup or finger)
 # make test   the tests
-# Both create .venv and install what they need into it.
+# make duckietown           the whole chain on the Duckiebot simulator, small
+# make duckietown-install   only that simulator
+# All create .venv and install what they need into it.
 
 PYTHON ?= python3
 PAIR ?= pendulum
@@ -28,7 +30,7 @@ ifeq ($(SOURCE),)
 $(error PAIR must be pendulum, reacher, cup or finger, not '$(PAIR)')
 endif
 
-.PHONY: demo test egl clean
+.PHONY: demo test egl clean duckietown duckietown-install
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -49,7 +51,7 @@ egl:
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-test: .venv/installed
+test: .venv/installed .venv/duckietown
 	$(PY) -m pytest tests -q
 
 # Each stage is made once: an interrupted `make demo` goes on with the first stage that is not done.
@@ -83,6 +85,39 @@ $(RUNS)/target-policy/done: $(RUNS)/target/done
 	$(PY) train_policy.py laptop --checkpoint $(RUNS)/target/draw.pt --dataset $(RUNS)/target/replay \
 		--eval-env-ids $(TARGET) --seed $(SEED) --run-dir $(RUNS)/target-policy --overwrite
 	@touch $@
+
+# The Duckiebot simulator. Its packages ask for versions that exclude each other, and ours, so pip takes them without what they
+# ask for, after what they really need.
+DUCKIETOWN_NEEDS = pyglet==1.5.31 "networkx>=2.8" PyContracts3==7.2 decorator oyaml "base58<2" beautifulsoup4 coloredlogs frozendict future \
+	gltflib==1.0.13 mypy_extensions pyparsing pyzmq six svgwrite termcolor trimesh typing_extensions webcolors xtermcolor
+DUCKIETOWN = duckietown-gym-daffy==6.1.34 duckietown-world-daffy==6.4.3 duckietown-serialization-ds1==1.1.1 aido-protocols-daffy==6.1.1 \
+	PyGeometry-z6==2.1.5 carnivalmirror==0.6.2 zuper-commons-z6==6.2.4 zuper-typing-z6==6.2.3 zuper-nodes-z6==6.2.17
+.venv/duckietown: .venv/installed
+	@PATH="$$PATH:/sbin:/usr/sbin"; if [ "$$(uname)" = Linux ] && ! ldconfig -p | grep -q 'libGLU\.so\.1'; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq libglu1-mesa; \
+		else echo "error: the simulator needs GLU; run: sudo apt-get install libglu1-mesa" >&2; exit 1; fi; \
+	fi
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt $(DUCKIETOWN_NEEDS)
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps $(DUCKIETOWN)
+	@touch $@
+duckietown-install: .venv/duckietown
+
+# Source: the simulator; target: the same with reversed actions, recorded through the loop that drives a robot. Each stage is made once.
+TOWN = runs/duckietown-$(SEED)
+TOWN_SOURCE = deploy_duckiebot:redraw/Duckietown-v0
+$(TOWN)/source/done: | .venv/duckietown
+	$(PY) draw_pretrain.py laptop --env-id $(TOWN_SOURCE) --seed $(SEED) --run-dir $(TOWN)/source --overwrite
+	@touch $@
+$(TOWN)/target.npz: | .venv/duckietown
+	$(PY) deploy_duckiebot.py --env-id redraw/DuckietownReversed-v0 --drive random --max-seconds 1000 --image-size 32 --record $@
+$(TOWN)/adapted/done: $(TOWN)/source/done $(TOWN)/target.npz
+	$(PY) redraw_adapt.py laptop --checkpoint $(TOWN)/source/draw.pt --dataset $(TOWN)/target.npz --seed $(SEED) --run-dir $(TOWN)/adapted --overwrite
+	@touch $@
+$(TOWN)/policy/done: $(TOWN)/adapted/done
+	$(PY) train_policy.py laptop --checkpoint $(TOWN)/adapted/best.pt --dataset $(TOWN)/target.npz --seed $(SEED) --run-dir $(TOWN)/policy --overwrite
+	@touch $@
+duckietown: $(TOWN)/policy/done
+	$(PY) deploy_duckiebot.py --env-id redraw/DuckietownReversed-v0 --checkpoint $(TOWN)/policy/policy.pt --max-seconds 200
 
 clean:
 	rm -rf .venv runs

@@ -151,7 +151,7 @@ def make_envs(env_id, n, image_size=None, episode_steps=None):
         UserError: unknown id, or an observation or action space that DRAW can't use.
     """
     kwargs = {"max_episode_steps": episode_steps} if episode_steps else {}
-    if image_size and env_id.startswith("redraw/"):
+    if image_size and env_id.split(":")[-1].startswith("redraw/"):
         kwargs["image_size"] = image_size
     try:
         envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id, **kwargs) for _ in range(n)])

@@ -2,6 +2,8 @@
 
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -11,6 +13,7 @@ if sys.platform.startswith("linux"):
 import numpy as np  # noqa: E402  (after the environment variable)
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from _pytest.runner import runtestprotocol  # noqa: E402
 
 torch.set_num_threads(1)  # networks this small only lose time on more
 
@@ -19,3 +22,36 @@ torch.set_num_threads(1)  # networks this small only lose time on more
 def seed():
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "timing: depends on the clock; run again, at most twice, if it failed while the machine stood still")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    """A robot that is stopped because THIS machine gave the test no processor for 0.1 s is no failure: such a run is taken again."""
+    if not item.get_closest_marker("timing"):
+        return None
+    for attempt in range(3):
+        worst, over = [0.0], threading.Event()
+
+        def watch():
+            while not over.is_set():
+                begun = time.monotonic()
+                time.sleep(0.01)
+                worst[0] = max(worst[0], time.monotonic() - begun)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+        over.set()
+        watcher.join()
+        if attempt == 2 or worst[0] < 0.1 or not any(r.failed for r in reports):
+            break
+        item._initrequest()
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True

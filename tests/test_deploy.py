@@ -1,0 +1,445 @@
+"""Driving a robot: what it sends, what it records, and that it stops. The robot is fake_rosbridge.py's."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fake_rosbridge import FakeRobot
+from helpers import TINY, user_error
+
+import deploy_duckiebot as deploy
+from common import Policy, Sizes, load_dataset, load_policy, save_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.timing
+SIZES = Sizes(**{**vars(TINY), "action_size": 2})
+
+
+class Script:
+    """In the place of a policy: always the same action, and something else in its n-th call (the first three are the check before arming)"""
+
+    sizes = SIZES
+
+    def __init__(self, action=(0.8, 0.1), n=0, surprise=None):
+        self.action, self.n, self.surprise, self.calls, self.images, self.vectors = action, n, surprise, 0, [], []
+
+    def __call__(self, image, vector):
+        self.calls += 1
+        self.images.append(image[0])
+        self.vectors.append(vector[0])
+        action = self.surprise() if self.calls == self.n else None
+        return np.array([self.action if action is None else action], np.float32)
+
+
+@pytest.fixture
+def robot():
+    with FakeRobot() as fake:
+        yield fake
+
+
+@pytest.fixture
+def drive(robot, monkeypatch):
+    """Function that drives the fake robot in this process and returns what main raised; the fixture's pipe is the terminal."""
+    read, write = os.pipe()
+    monkeypatch.setattr(sys, "stdin", os.fdopen(read))
+
+    def run(script=None, typed="arm\n", **flags):
+        os.write(write, typed.encode())
+        if script is not None:
+            monkeypatch.setattr(deploy, "load_policy", lambda path: script)
+        flags = {"robot": "127.0.0.1", "vehicle": "duckie", "port": robot.port, "kinematics": "default", "checkpoint": "x", "max_seconds": 8.0} | flags
+        try:
+            deploy.main(deploy.Args(**flags))
+        except BaseException as e:
+            return e
+
+    run.terminal = write
+    yield run
+    sys.stdin.close()
+
+
+def check_stopped(robot, fault_time=None, estop=True):
+    """It drove, and within 0.5 s of the fault it stood still for good."""
+    fault_time = fault_time or robot.fault_time
+    assert fault_time and robot.moving(), "never drove, or no fault came"
+    time.sleep(max(0.0, fault_time + 0.5 - time.monotonic()))
+    assert robot.motors == (0, 0) and robot.commands[-1][1:3] == (0, 0), "still driving 0.5 s after the fault"
+    time.sleep(1.0)
+    last = max(c[0] for c in robot.moving())
+    zeros = [c for c in robot.commands if c[0] > last and c[1:3] == (0, 0)]
+    assert last < fault_time + 0.5 and len(zeros) >= 5
+    if estop:
+        flags = [s for s in robot.stops if s[1]]
+        assert flags and flags[0][0] <= zeros[-5][0], "the emergency stop must be followed by zeros"
+        assert robot.flag
+    return zeros
+
+
+# ---- Driving ----
+
+
+def test_drives_at_ten_hertz_and_ends_with_zeros(robot, drive, capsys):
+    assert drive(Script(), max_seconds=3.0) is None
+    moving = robot.moving()
+    period = np.diff([c[0] for c in moving])
+    assert 29 <= len(moving) <= 32 and np.median(period) == pytest.approx(0.1, abs=0.005)
+    # v = 0.2 m/s, omega = 0.8 rad/s with the stock calibration
+    assert moving[-1][1:3] == pytest.approx(((0.2 - 0.04) / (0.0318 * 27), (0.2 + 0.04) / (0.0318 * 27)))
+    assert len([c for c in robot.commands if c[0] > moving[-1][0]]) >= 5 and robot.motors == (0, 0)
+    assert [s[1] for s in robot.stops] == [False]  # cleared when armed, not set by a normal end
+    assert {c[3] for c in moving} == {0}  # all from one connection; the watchdog's only watches
+    out = capsys.readouterr().out
+    assert f"{len(moving)} steps" in out and "stopped: --max-seconds are over" in out and "percentile" in out
+
+
+def test_measured_velocity_is_that_of_the_wheels(robot, drive):
+    script = Script(action=(0.8, 0.2))
+    drive(script, max_seconds=3.0)
+    # Duties of the fake robot turn the wheels at 27 rad/s each, and the odometry's wheel has 33.5 mm: 0.2 and 1.6 x 0.0335 / 0.0318
+    measured = np.mean(script.vectors[-15:], 0) * [deploy.MAX_YAW_RATE, deploy.MAX_VELOCITY]
+    assert measured == pytest.approx([1.6 * 0.0335 / 0.0318, 0.2 * 0.0335 / 0.0318], rel=0.08)
+    assert not np.any(script.vectors[:3])  # and zero before it drove
+
+
+def test_velocity_of_the_kinematics_node(robot, drive):
+    script = Script(action=(0.8, 0.2))
+    robot.fault.add("no ticks")
+    assert drive(script, max_seconds=1.5, velocity="kinematics") is None
+    assert script.vectors[-1] * [deploy.MAX_YAW_RATE, deploy.MAX_VELOCITY] == pytest.approx([1.6, 0.2], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "cap, value, bound",
+    [("max_speed", 0.1, 0.1 / (0.0318 * 27)), ("max_duty", 0.05, 0.05), ("max_turn", 1.0, (0.25 + 0.05) / (0.0318 * 27))],
+)
+def test_caps(robot, drive, cap, value, bound):
+    action = (1.0, 1.0) if cap == "max_turn" else (1.0, 0.0)
+    drive(Script(action=action), max_seconds=1.0, max_slew=2.0, **{cap: value})
+    most = max(abs(c[2]) for c in robot.moving())
+    assert most == pytest.approx(bound, rel=1e-4)
+
+
+def test_actions_beyond_one_are_capped_too(robot, drive):
+    drive(Script(action=(50.0, 0.0)), max_seconds=1.0)
+    assert max(c[1] for c in robot.moving()) == pytest.approx(0.25 / (0.0318 * 27))
+
+
+def test_slew_limit(robot, drive):
+    drive(Script(action=(1.0, 0.0), n=9, surprise=lambda: (-1.0, 0.0)), max_seconds=1.5, max_slew=0.1)
+    duties = np.array([(0.0, 0.0)] + [c[1:3] for c in robot.moving()])
+    steps = np.abs(np.diff(duties, axis=0))
+    assert steps.max() == pytest.approx(0.1, abs=1e-9) and (steps > 0.09).sum() > 6
+
+
+def test_dry_run_sends_nothing(robot, drive):
+    script = Script()
+    assert drive(script, typed="", max_seconds=1.5, dry_run=True) is None
+    assert script.calls > 12 and not robot.commands and not robot.stops
+
+
+# ---- Arming ----
+
+
+@pytest.mark.parametrize("typed", ["no\n", "\n", "arm"])
+def test_no_motion_without_arming(robot, drive, typed):
+    if typed == "arm":  # without Enter, and the terminal is gone
+        os.write(drive.terminal, b"arming\n")
+        typed = ""
+    error = drive(Script(), typed=typed)
+    assert isinstance(error, SystemExit) and "not armed" in str(error)
+    time.sleep(0.5)
+    assert not robot.moving() and not robot.stops
+
+
+@pytest.mark.parametrize(
+    "fault, words", [("no frames", "camera_node"), ("corrupt frames", "JPEG"), ("small frames", "640x480"), ("no acknowledgements", "wheels_cmd_executed"),
+                     ("no ticks", "encoders"), ("frozen frames", "changed"), ("garbage", "camera_node")]
+)  # fmt: skip
+def test_robot_that_is_not_fit_is_not_armed(robot, drive, capsys, fault, words):
+    robot.fault.add(fault)
+    error = drive(Script())
+    assert isinstance(error, SystemExit) and words in str(error) and "\n" not in str(error)
+    assert not robot.moving() and "Type arm" not in capsys.readouterr().out
+
+
+def test_mistakes_before_the_motors_are_armed(robot, drive, tmp_path):
+    bad, not_camera = tmp_path / "bad.yaml", tmp_path / "camera.yaml"
+    bad.write_text("gain: 1.0\ntrim: 0.0\n")
+    not_camera.write_text("image_width: 320\nimage_height: 240\ncamera_matrix: {data: [1,0,0,0,1,0,0,0,1]}\ndistortion_coefficients: {data: [0,0,0,0]}\n")
+    bent = tmp_path / "bent.yaml"
+    bent.write_text("{gain: 1, trim: 0, baseline: 0, radius: 0.03, k: 27, limit: 1}")
+    wrong = tmp_path / "policy.pt"
+    save_checkpoint(wrong, stage="train_policy", args={}, sizes=vars(TINY), policy=Policy(TINY).state_dict())
+    for flags, words in (
+        ({"kinematics": None}, "--kinematics"), ({"kinematics": str(tmp_path / "none.yaml")}, "none.yaml"), ({"kinematics": str(bad)}, "baseline"),
+        ({"kinematics": str(bent)}, "above 0"), ({"camera": str(tmp_path / "none.yaml")}, "none.yaml"), ({"camera": str(not_camera)}, "640x480"),
+        ({"camera": str(bad)}, "camera_matrix"), ({"port": 1}, "rosbridge"), ({"vehicle": "other"}, "--vehicle"), ({"drive": "expert"}, "sim"),
+        ({"drive": "joystick", "joystick": str(tmp_path / "js")}, "joystick"), ({"max_speed": -1.0}, "max-speed"),
+    ):  # fmt: skip
+        error = drive(Script(), typed="", **flags)
+        assert isinstance(error, SystemExit) and words in str(error) and "\n" not in str(error), (flags, error)
+    for path, words in ((str(wrong), "2 and 2"), (str(tmp_path / "no.pt"), "no.pt"), (None, "--checkpoint")):
+        deploy.load_policy = load_policy
+        error = drive(typed="", checkpoint=path)
+        assert isinstance(error, SystemExit) and words in str(error) and "\n" not in str(error)
+    assert not robot.moving() and not robot.stops
+
+
+# ---- Stopping: each fault comes after ten commands that move ----
+
+
+@pytest.mark.parametrize(
+    "fault, words", [("no frames", "no camera frame"), ("frozen frames", "not changed"), ("late frames", "no camera frame"), ("corrupt frames", "JPEG"),
+                     ("small frames", "JPEG of 640x480"), ("garbage", "no camera frame"), ("no acknowledgements", "no acknowledgement"), ("no ticks", "no velocity")]
+)  # fmt: skip
+def test_faults_of_the_robot_stop_it(robot, drive, fault, words):
+    robot.when(10, fault)
+    error = drive(Script())
+    assert isinstance(error, SystemExit) and str(error).startswith("error: stopped: ") and words in str(error) and "\n" not in str(error)
+    check_stopped(robot)
+
+
+def test_broken_connection_of_the_driver(robot, drive):
+    robot.when(10, lambda: robot.disconnect([0]))
+    error = drive(Script())
+    assert "connection" in str(error)
+    zeros = check_stopped(robot)
+    assert {c[3] for c in zeros} == {1}  # the watchdog's connection, which came second
+
+
+def test_broken_network_stops_when_it_returns_and_does_not_drive_on(robot, drive):
+    def cut():
+        robot.fault.add("refuse")
+        robot.disconnect()
+
+    robot.when(10, cut)
+    error = drive(Script())
+    assert "connection" in str(error) and robot.motors != (0, 0)  # nobody could reach it
+    time.sleep(1.0)
+    robot.fault.clear()
+    back = time.monotonic()
+    while robot.motors != (0, 0) and time.monotonic() < back + 3:
+        time.sleep(0.05)
+    time.sleep(1.5)
+    assert robot.motors == (0, 0) and robot.flag and max(c[0] for c in robot.moving()) < back
+    assert len([c for c in robot.commands if c[0] > back]) >= 5
+
+
+@pytest.mark.parametrize("surprise", ["exception", "nan", "shape", "hang"])
+def test_faults_of_the_policy(robot, drive, surprise):
+    fault = []
+
+    def happen():
+        fault.append(time.monotonic())
+        if surprise == "exception":
+            raise RuntimeError("surprise")
+        if surprise == "hang":
+            time.sleep(1.2)
+        return {"nan": (np.nan, 0.0), "shape": (0.1, 0.1, 0.1)}.get(surprise)
+
+    error = drive(Script(n=12, surprise=happen))
+    assert isinstance(error, RuntimeError if surprise == "exception" else SystemExit)
+    if surprise == "hang":  # the watchdog stopped it long before the driver woke up
+        first_zero = [c for c in robot.commands if c[0] > fault[0] and c[1:3] == (0, 0)][0]
+        assert first_zero[0] < fault[0] + 0.5 and first_zero[3] == 1
+        assert max(c[0] for c in robot.moving()) < fault[0] + 0.1
+    check_stopped(robot, fault[0])
+
+
+@pytest.mark.parametrize("key", ["space", "gone"])
+def test_a_key_stops(robot, drive, key):
+    robot.when(10, lambda: os.write(drive.terminal, b" ") if key == "space" else os.close(drive.terminal))
+    error = drive(Script())
+    assert ("key was pressed" if key == "space" else "terminal is gone") in str(error)
+    check_stopped(robot)
+    assert max(c[0] for c in robot.moving()) <= robot.fault_time  # at once, not at the next step
+
+
+def test_keyboard_steers_and_other_keys_stop(robot, drive):
+    robot.when(10, lambda: os.write(drive.terminal, b"x"))
+    typed = iter(["w", "a", "w", "w"])
+    real = deploy.Keys.wait
+
+    def wait(self, deadline):  # someone at the keys
+        os.write(drive.terminal, next(typed, "w").encode())
+        real(self, deadline)
+
+    deploy.Keys.wait = wait
+    try:
+        error = drive(drive="keyboard", checkpoint=None)
+    finally:
+        deploy.Keys.wait = real
+    assert "key was pressed" in str(error)
+    check_stopped(robot)
+    left = [c for c in robot.moving() if c[2] > c[1] + 0.05]
+    assert 1 <= len(left) < len(robot.moving())
+
+
+def test_death_of_the_watchdog_stops_the_driver(robot, drive, monkeypatch):
+    processes, real = [], subprocess.Popen
+    monkeypatch.setattr(deploy.subprocess, "Popen", lambda *a, **k: processes.append(real(*a, **k)) or processes[-1])
+    robot.when(10, lambda: processes[0].kill())
+    error = drive(Script())
+    assert "watchdog" in str(error)
+    check_stopped(robot)
+
+
+def test_no_arming_without_a_watchdog(robot, drive, monkeypatch):
+    real = subprocess.Popen
+    monkeypatch.setattr(deploy.subprocess, "Popen", lambda command, **k: real([sys.executable, "-c", "pass"], **k))
+    error = drive(Script())
+    assert "watchdog" in str(error) and not robot.moving()
+
+
+@pytest.mark.parametrize("said, zeros", [(b"xq", True), (b"q", False), (b"", True), (None, True)])
+def test_watchdog_alone(robot, said, zeros):
+    """Armed by a heartbeat, then: a stop and an end at once, an end, the driver's death, silence"""
+    source = f"{deploy.inspect.getsource(deploy.watchdog)}\nwatchdog('127.0.0.1', {robot.port}, 'duckie')"
+    dog = subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    assert dog.stdout.readline() == b"ready\n"
+    for _ in range(5):
+        dog.stdin.write(b"h")
+        time.sleep(0.1)
+    assert not robot.commands and not robot.stops  # as long as the heart beats it does nothing
+    if said is not None:
+        dog.stdin.write(said) if said else dog.stdin.close()
+    time.sleep(0.5)
+    assert (len(robot.commands) >= 5 and robot.flag) if zeros else (not robot.commands and not robot.stops)
+    assert all(c[1:3] == (0, 0) for c in robot.commands) and dog.wait(5) == 0
+
+
+def start_driver(robot, tmp_path, *flags):
+    """The script as a user runs it, armed, with a real policy file"""
+    policy = Policy(SIZES)
+    with torch.no_grad():  # forwards, a little to the left, with the least noise
+        policy.actor.net[-1].weight.zero_()
+        policy.actor.net[-1].bias.copy_(torch.tensor([1.0, 0.1, -9.0, -9.0]))
+    save_checkpoint(tmp_path / "policy.pt", stage="train_policy", args={}, sizes=vars(SIZES), policy=policy.state_dict())
+    command = [sys.executable, str(ROOT / "deploy_duckiebot.py"), "--robot", "127.0.0.1", "--vehicle", "duckie", "--port", str(robot.port)]
+    command += ["--kinematics", "default", "--checkpoint", str(tmp_path / "policy.pt"), *flags]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    driver = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    driver.stdin.write("arm\n")
+    driver.stdin.flush()
+    return driver
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL", "SIGSTOP"])
+def test_signals(robot, tmp_path, name):
+    driver = start_driver(robot, tmp_path, "--record", str(tmp_path / "out.npz"))
+    robot.when(10, lambda: driver.send_signal(getattr(signal, name)))
+    end = time.monotonic() + 60
+    while robot.fault_time is None and driver.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    assert robot.fault_time, driver.communicate()
+    hard = name in ("SIGKILL", "SIGSTOP")
+    zeros = check_stopped(robot, estop=hard)
+    if hard:
+        assert {c[3] for c in zeros} == {1}  # from the watchdog
+    if name == "SIGSTOP":  # it goes on where it was: no motion
+        driver.send_signal(signal.SIGCONT)
+        time.sleep(1.0)
+        assert max(c[0] for c in robot.moving()) < robot.fault_time + 0.5 and robot.motors == (0, 0)
+    out, err = driver.communicate(timeout=30)
+    if name == "SIGSTOP":
+        assert driver.returncode == 1 and err.strip().startswith("error: stopped: ") and "\n" not in err.strip()
+    elif not hard:
+        assert driver.returncode == 0 and f"stopped: {name}" in out and err == ""
+        assert len(load_dataset(tmp_path / "out.npz", 16, 2, 2)["action"]) >= 10  # what was recorded is kept
+
+
+# ---- Recording ----
+
+
+def test_recording(robot, drive, tmp_path):
+    script = Script()
+    assert drive(script, max_seconds=2.5, record=str(tmp_path / "out.npz"), max_speed=0.1) is None
+    data = load_dataset(tmp_path / "out.npz", 16, 2, 2)
+    assert 24 <= len(data["action"]) <= 27 and np.allclose(data["action"], (0.8, 0.1))  # what was asked for, before the caps
+    assert np.array_equal(data["image"], np.array(script.images[3:])) and np.array_equal(data["vector"], np.array(script.vectors[3:]))
+    assert data["is_last"][-1] and data["is_first"][0] and not data["is_terminal"].any()
+    with np.load(tmp_path / "out.npz") as npz:
+        lag = npz["time_action"] - npz["time_image"]
+        assert (lag > 0).all() and np.median(lag) < 0.04
+        assert np.diff(npz["stamp_image"]).mean() == pytest.approx(0.1, abs=0.01)
+
+
+def test_sequences_are_split_where_the_timing_broke():
+    times = np.array([0.0, 0.1, 0.2, 0.35, 0.45, 0.52, 0.62, 0.72, 0.82])
+    lag = np.full(9, 0.01)
+    lag[7] = 0.03
+    first = np.zeros(9, bool)
+    first[2] = True  # an episode of the simulator
+    rows = [{"time_action": t, "time_image": t - d, "is_first": f} for t, d, f in zip(times, lag, first)]
+    data = deploy.dataset_of(rows)
+    #                                             0.15 s       0.07 s    late, and after it
+    assert data["is_first"].tolist() == [True, False, True, True, False, True, False, True, True]
+    assert data["is_last"].tolist() == [False, True, True, False, True, False, True, True, True]
+
+
+def test_random_driving_goes_forwards_and_is_correlated():
+    drive = deploy.make_driver(deploy.Args(drive="random", hold=5.0), None, None, None)
+    actions = np.array([drive() for _ in range(3000)])
+    assert (actions[:, 0] >= 0).all() and actions[:, 0].mean() == pytest.approx(0.5, abs=0.05) and abs(actions[:, 1].mean()) < 0.05
+    assert np.abs(actions[:, 1]).max() > 0.45 and (actions[1:] == actions[:-1]).all(1).mean() == pytest.approx(0.8, abs=0.03)
+
+
+# ---- Geometry ----
+
+
+def test_kinematics_with_a_calibration():
+    calibration = {"gain": 1.2, "trim": 0.1, "baseline": 0.1, "radius": 0.03, "k": 25.0, "limit": 0.5}
+    assert deploy.wheel_duties(0.15, 1.0, calibration) == pytest.approx([1.1 * 0.1 / 0.75, 1.3 * 0.2 / 0.75])
+    assert deploy.wheel_duties(9.0, 0.0, calibration).tolist() == [0.5, 0.5]
+
+
+def test_undistortion_makes_a_pinhole_camera():
+    import cv2
+
+    angle = np.deg2rad(30)  # a ray 30 degrees to the right of the axis: the fisheye has it at f angle, the pinhole at f tan(angle)
+    picture = np.zeros((480, 640), np.uint8)
+    cv2.circle(picture, (round(320 + 307.976 * angle), 240), 4, 255, -1)
+    y, x = np.nonzero(cv2.remap(picture, *deploy.undistortion(None), cv2.INTER_LINEAR) > 128)
+    assert (x.mean(), y.mean()) == pytest.approx((320 + 307.976 * np.tan(angle), 240), abs=1)
+
+
+def test_camera_calibration_file(tmp_path):
+    text = """image_width: 640\nimage_height: 480\ncamera_name: duckie\ndistortion_model: {}
+camera_matrix: {{rows: 3, cols: 3, data: [307.976, 0, 320, 0, 307.889, 240, 0, 0, 1]}}
+distortion_coefficients: {{rows: 1, cols: 5, data: {}}}\n"""
+    (tmp_path / "straight.yaml").write_text(text.format("plumb_bob", "[0, 0, 0, 0, 0]"))
+    (tmp_path / "barrel.yaml").write_text(text.format("plumb_bob", "[-0.2, 0, 0, 0, 0]"))
+    (tmp_path / "fisheye.yaml").write_text(text.format("equidistant", "[0, 0, 0, 0]"))
+    straight, barrel, fisheye = (deploy.undistortion(tmp_path / f"{n}.yaml")[0] for n in ("straight", "barrel", "fisheye"))
+    x, y = np.meshgrid(np.arange(640), np.arange(480))
+    assert np.abs(straight - np.stack([x, y], -1)).max() <= 1
+    assert barrel[240, 600, 0] == pytest.approx(320 + 280 * (1 - 0.2 * (280 / 307.976) ** 2), abs=2)
+    assert np.array_equal(fisheye, deploy.undistortion(None)[0])
+
+
+# ---- Export ----
+
+
+def test_export_acts_as_the_policy_does(tmp_path):
+    policy = Policy(SIZES).requires_grad_(False)
+    save_checkpoint(tmp_path / "policy.pt", stage="train_policy", args={}, sizes=vars(SIZES), policy=policy.state_dict())
+    deploy.main(deploy.Args(checkpoint=str(tmp_path / "policy.pt"), export=str(tmp_path / "board.pt")))
+    board = torch.jit.load(tmp_path / "board.pt")
+    image, vector = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8), torch.randn(5, 2)
+    torch.manual_seed(1)
+    actions = board(image, vector).numpy()
+    torch.manual_seed(1)
+    assert np.allclose(actions, policy(image.numpy(), vector.numpy()), atol=1e-5) and actions.std() > 0.1
+
+
+def test_export_that_differs_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(deploy.Board, "forward", lambda self, image, vector: self.policy.actor.net[-1].bias[:2].expand(len(image), 2))
+    with user_error("differs"):
+        deploy.export(Policy(SIZES).requires_grad_(False), tmp_path / "board.pt")
+    assert not (tmp_path / "board.pt").exists()
