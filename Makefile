@@ -58,8 +58,11 @@ test: .venv/installed
 test-duckiebot: .venv/duckietown
 	$(PY) -m pytest tests/test_deploy.py tests/test_duckietown.py -q
 
-# Each stage is made once: an interrupted `make demo` goes on with the first stage that is not done.
-demo: $(RUNS)/source-policy/done $(RUNS)/adapted-policy/done $(RUNS)/target-policy/done
+# Each stage is made once: an interrupted `make demo` goes on with the first stage that is not done. The ceiling is
+# trained beside the rest, one thread each, and writes what it has to say into target.log.
+demo: export OMP_NUM_THREADS ?= 1
+demo: .venv/installed
+	@$(MAKE) --no-print-directory -j2 $(RUNS)/adapted-policy/done $(RUNS)/target-policy/done
 	$(PY) docs/demo_table.py --runs $(RUNS) --source $(SOURCE) --target $(TARGET)
 
 # stage 1: the world model, in the source
@@ -72,7 +75,7 @@ $(RUNS)/source-policy/done: $(RUNS)/source/done
 		--eval-env-ids $(SOURCE) $(TARGET) --seed $(SEED) --run-dir $(RUNS)/source-policy --overwrite
 	@touch $@
 # stage 2: the residual, from target data without rewards
-$(RUNS)/adapted/done: $(RUNS)/source/done
+$(RUNS)/adapted/done: $(RUNS)/source/done | $(RUNS)/source-policy/done
 	$(PY) redraw_adapt.py laptop --checkpoint $(RUNS)/source/draw.pt --target-env-id $(TARGET) \
 		--seed $(SEED) --run-dir $(RUNS)/adapted --overwrite
 	@touch $@
@@ -82,12 +85,16 @@ $(RUNS)/adapted-policy/done: $(RUNS)/adapted/done
 		--eval-env-ids $(TARGET) --seed $(SEED) --run-dir $(RUNS)/adapted-policy --overwrite
 	@touch $@
 # the ceiling: world model and policy trained in the target itself, with the same budget
+LOG = $(RUNS)/target.log
 $(RUNS)/target/done: | .venv/installed
-	$(PY) draw_pretrain.py laptop $(STAGE1_$(PAIR)) --env-id $(TARGET) --seed $(SEED) --run-dir $(RUNS)/target --overwrite
+	@mkdir -p $(RUNS)
+	$(PY) draw_pretrain.py laptop $(STAGE1_$(PAIR)) --env-id $(TARGET) --seed $(SEED) --run-dir $(RUNS)/target --overwrite \
+		> $(LOG) 2>&1 || { tail -n 1 $(LOG) >&2; exit 1; }
 	@touch $@
 $(RUNS)/target-policy/done: $(RUNS)/target/done
 	$(PY) train_policy.py laptop --checkpoint $(RUNS)/target/draw.pt --dataset $(RUNS)/target/replay \
-		--eval-env-ids $(TARGET) --seed $(SEED) --run-dir $(RUNS)/target-policy --overwrite
+		--eval-env-ids $(TARGET) --seed $(SEED) --run-dir $(RUNS)/target-policy --overwrite \
+		>> $(LOG) 2>&1 || { tail -n 1 $(LOG) >&2; exit 1; }
 	@touch $@
 
 # The Duckiebot simulator. Its packages ask for versions that exclude each other, and ours, so pip takes them without what they
