@@ -63,7 +63,7 @@ test-duckiebot: .venv/duckietown
 demo: export OMP_NUM_THREADS ?= 1
 demo: .venv/installed
 	@$(MAKE) --no-print-directory -j2 $(RUNS)/adapted-policy/done $(RUNS)/target-policy/done
-	$(PY) docs/demo_table.py --runs $(RUNS) --source $(SOURCE) --target $(TARGET)
+	$(PY) docs/demo_table.py --seed $(SEED) --runs $(RUNS) --source $(SOURCE) --target $(TARGET)
 
 # stage 1: the world model, in the source
 $(RUNS)/source/done: | .venv/installed

@@ -622,6 +622,8 @@ def load_policy(path, device="cpu"):
 
 def seed_everything(seed):
     """Seeds Python, NumPy and PyTorch; environments are seeded in their reset."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed must be from 0 to 2^32 - 1, it is {seed}")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -630,8 +632,8 @@ def seed_everything(seed):
 def pick_device(name):
     """'auto' is CUDA where there is one, else the CPU."""
     torch.set_flush_denormal(True)  # CPUs are many times slower on the tiny numbers that Adam leaves behind
-    if sys.platform.startswith("linux"):  # else glibc gives the memory of every large tensor back, to be faulted in again
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, libc = -1, -3, ctypes.CDLL(None)
+    if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # else glibc gives the memory of every large tensor back, to be faulted in again
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30), libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -102,7 +102,8 @@ class Args:
     starts: int = 1024
     """imagined trajectories per update, at most batch * length"""
     policy_start: int = 0
-    """world-model updates before the first actor-critic update; a policy trained on a blurred model learns its errors"""
+    """world-model updates before the first actor-critic update; a policy trained on a blurred model learns its errors;
+    until then random actions collect"""
     policy_every: int = 1
     """world-model updates per update of the task's actor-critic"""
     explore_every: int = 1
@@ -173,11 +174,12 @@ class Replay:
         A share `rewarded` of them is drawn so that they hold a row with reward, as far as there are any."""
         n_envs, oldest = len(self.data["reward"]), self.added - len(self)
         env, start = np.random.randint(0, n_envs, B), np.random.randint(0, len(self) - T + 1, B)
-        paid_env, paid_row = np.nonzero(self.data["reward"][:, : len(self)] > 0)
-        if n := round(rewarded * B) if len(paid_row) else 0:
-            pick = np.random.randint(0, len(paid_row), n)
-            age = (paid_row[pick] - oldest) % self.length  # rows since the oldest one
-            env[:n], start[:n] = paid_env[pick], np.clip(age - np.random.randint(0, T, n), 0, len(self) - T)
+        if n := round(rewarded * B):
+            paid_env, paid_row = np.nonzero(self.data["reward"][:, : len(self)] > 0)
+            if len(paid_row):
+                pick = np.random.randint(0, len(paid_row), n)
+                age = (paid_row[pick] - oldest) % self.length  # rows since the oldest one
+                env[:n], start[:n] = paid_env[pick], np.clip(age - np.random.randint(0, T, n), 0, len(self) - T)
         env, t = env[:, None], (oldest + start[:, None] + np.arange(T)) % self.length
         return {k: torch.from_numpy(v[env, t]).to(device, non_blocking=True) for k, v in self.data.items()}
 
@@ -256,7 +258,10 @@ class Ensemble(nn.Module):
 
 
 class ActorCritic:
-    """An actor and a critic trained in imagination (REINFORCE, lambda-returns, two-hot critic).
+    """An actor and a critic trained in imagination (lambda-returns, two-hot critic).
+
+    The actor's loss below is REINFORCE's; with actor_grad "dynamics" it is -w_t (R_t / scale + 3e-4 entropy), whose gradient goes
+    through the imagined dynamics.
 
         R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),   v = critic mean
         scale = max(return_floor, EMA_0.99 of [percentile_95(R) - percentile_5(R)])
@@ -328,14 +333,18 @@ class ActorCritic:
         with torch.no_grad():
             for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters()):
                 slow.lerp_(fast, 0.02)
-        return {"return": returns.mean(), "reward": rewards.mean(), "entropy": entropy.mean(), "scale": self.scale, "critic_loss": critic_loss}
+        metrics = {"return": returns.mean(), "reward": rewards.mean(), "entropy": entropy.mean(), "scale": self.scale, "critic_loss": critic_loss}
+        return {k: v.detach() for k, v in metrics.items()}  # without the graph of the imagination
 
 
 def main(args):
     check_positive(args, "steps", "n_envs", "episode_steps", "image_size", "hold", "batch", "length", "train_every", "horizon", "starts", "log_every",
-                   "policy_every", "explore_every", "ensemble", "S", "K", "cnn_depth", "units", "actor_units", "vector_units")  # fmt: skip
+                   "policy_every", "explore_every", "ensemble", "S", "K", "cnn_depth", "units", "actor_units", "vector_units", "vector_layers", "lr",
+                   "actor_lr")  # fmt: skip
     if args.length < 2 or args.ensemble < 2:
         raise UserError("--length and --ensemble must be at least 2")
+    if min(args.soft_updates, args.ensemble_target, args.policy_start) < 0:
+        raise UserError("--soft-updates, --ensemble-target and --policy-start can't be negative")
     if not 0 <= args.rewarded <= 1:
         raise UserError(f"--rewarded is a share from 0 to 1, it is {args.rewarded}")
     if args.starts > args.batch * args.length:
@@ -379,6 +388,8 @@ def main(args):
         )  # fmt: skip
 
     total_updates = int((args.steps - args.prefill) / args.train_every)
+    if args.collect != "random" and args.policy_start >= total_updates:
+        print(f"warning: no policy is trained: --policy-start {args.policy_start}, but these --steps make {total_updates} updates; random actions collect")
     updates, episode_return, finished = 0, np.zeros(args.n_envs), []
     obs, _ = envs.reset(seed=args.seed)
     zeros = np.zeros(args.n_envs)

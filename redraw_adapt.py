@@ -11,7 +11,7 @@ of the source stay, and only the latent dynamics are corrected, before the softm
 frame is encoded once, before training; no update touches an image.
 
     python redraw_adapt.py laptop --checkpoint runs/source/draw.pt --run-dir runs/adapted \
-        --target-env-id redraw/PendulumSwingupReversed-v0 --collect-steps 10000
+        --target-env-id redraw/PendulumSwingupReversed-v0
 
 collects runs/adapted/dataset.npz (without rewards) and writes runs/adapted/best.pt (least KL on
 held-out episodes) and last.pt. With --dataset it starts from data of yours, e.g. a robot's.
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from common import (Actor, Logger, Policy, Sizes, UserError, check_positive, check_sizes, held_noise, kl_categorical, load_checkpoint,
                     load_dataset, load_draw, load_policy, make_envs, mix, mlp, pick_device, sample_onehot, save_checkpoint, save_dataset,
-                    seed_everything, unimix)  # fmt: skip
+                    seed_everything, unimix, write_atomically)  # fmt: skip
 
 
 @dataclass
@@ -229,7 +229,9 @@ def split_episodes(is_first, holdout, length):
 def main(args):
     if args.dataset is None and args.target_env_id is None:
         raise UserError("give --dataset, or --target-env-id to collect one")
-    check_positive(args, "n_envs", "hold", "episode_steps", "batch", "length", "log_every", "hidden", "layers", "members")
+    check_positive(args, "n_envs", "hold", "episode_steps", "batch", "length", "log_every", "hidden", "layers", "members", "lr")
+    if args.updates < 0 or not 0 <= args.holdout <= 1:
+        raise UserError(f"--updates {args.updates} can't be negative, and --holdout {args.holdout} is a share from 0 to 1")
     if args.length < 2:
         raise UserError("--length must be at least 2: a first step has nothing to be predicted from")
     if args.dataset is None and args.collect_steps < 2 * args.n_envs * args.length:
@@ -320,7 +322,7 @@ def main(args):
     logger.close()
     n_episodes = int(dataset["is_first"].sum())
     result = {"episodes": n_episodes, "rows": len(dataset["is_first"]), "before": before, "last": kl, "best_held_out": best}
-    (run_dir / "result.json").write_text(json.dumps(result, indent=1))
+    write_atomically(run_dir / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
     print(f"{args.method}, {n_episodes} episodes, {result['rows']} rows. KL(q || p) per step in nats:")
     print(f"  train     {before['train']:7.3f} -> {kl['train']:7.3f}")
     print(f"  held-out  {before['held-out']:7.3f} -> {kl['held-out']:7.3f}   best {best:.3f}")

@@ -4,13 +4,16 @@ No environment is needed to train: trajectories start from posterior states of a
 
     a_t ~ pi(z_t),   u_{t+1} = f(z_t, sigma_t, a_t) + e_{t+1},   sigma_{t+1} = softmax(u_{t+1}),   z_{t+1} ~ p
 
-for H steps. With r_{t+1} and c_{t+1} the predicted reward and continue of ARRIVING at step t+1:
+for H steps; a share of them (--rewarded) starts where the model predicts reward. With r_{t+1} and c_{t+1} the predicted
+reward and continue of ARRIVING at step t+1:
 
     R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),   R_H = v_H,   v = critic mean
     w_0 = 1,   w_t = prod_{1 <= k <= t} gamma c_k
     scale = max(return_floor, EMA_0.99 of [percentile_95(R) - percentile_5(R)])
     actor:  -w_t (log pi(a_t) sg((R_t - v_t) / scale) + 3e-4 entropy)
     critic: -w_t (log p(R_t) + log p(mean of the slow critic)),   slow = 2 % EMA each update
+
+--actor-grad dynamics is another actor's loss, -w_t (R_t / scale + 3e-4 entropy), whose gradient goes through the imagined dynamics.
 
     python train_policy.py laptop --checkpoint runs/adapted/best.pt --dataset runs/adapted/dataset.npz \
         --eval-env-ids redraw/PendulumSwingupReversed-v0 --run-dir runs/policy
@@ -36,7 +39,7 @@ from tqdm import tqdm
 
 from common import (Actor, Critic, Logger, Policy, Sizes, UserError, check_positive, check_sizes, load_checkpoint, load_dataset,
                     load_draw, make_envs, pick_device, sample_onehot, save_checkpoint, seed_everything, softmax, twohot_log_prob,
-                    twohot_mean)  # fmt: skip
+                    twohot_mean, write_atomically)  # fmt: skip
 from redraw_adapt import encode_dataset, load_rectified
 
 
@@ -121,7 +124,7 @@ def mean_and_interval(returns):
 
 
 def main(args):
-    check_positive(args, "updates", "batch", "length", "horizon", "return_floor", "log_every")
+    check_positive(args, "updates", "batch", "length", "horizon", "return_floor", "lr", "log_every")
     if not 0 <= args.rewarded <= 1:
         raise UserError(f"--rewarded is a share from 0 to 1, it is {args.rewarded}")
     if args.eval_episodes < 2:
@@ -159,16 +162,16 @@ def main(args):
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.lr, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.lr, eps=1e-5, fused=True)
     range_ema = torch.zeros((), device=device)
-    H = args.horizon
+    H, n_rewarded = args.horizon, round(args.rewarded * args.batch)
 
     start_time = time.time()
     bar = tqdm(range(1, args.updates + 1), unit="update", mininterval=1.0)
     for update in bar:
         # Starts: posterior states (z, sigma) of replayed sequences; sigma is the rectified belief.
         with torch.no_grad():
-            rewarded = torch.multinomial(predicted, round(args.rewarded * args.batch), replacement=True) if args.rewarded else predicted.new_zeros(0).long()
-            start = torch.randint(0, len(is_first), (args.batch - len(rewarded),), device=device)
-            start = torch.cat([rewarded, start]).clamp(max=len(is_first) - args.length)
+            start = torch.randint(0, len(is_first) - args.length + 1, (args.batch,), device=device)
+            if n_rewarded:
+                start[:n_rewarded] = torch.multinomial(predicted, n_rewarded, replacement=True).clamp(max=len(is_first) - args.length)
             t = start[:, None] + torch.arange(args.length, device=device)  # (B, T)
             z = sample_onehot(posterior[t].exp())  # (B, T, S, K)
             sigma = softmax(draw.observe(z, data_action[t], is_first[t], dynamics=rectified))
@@ -255,7 +258,7 @@ def main(args):
         logger.log(args.updates, {f"eval/{env_id}": mean})
         imageio.mimsave(run_dir / f"{env_id.split('/')[-1].split(':')[-1]}.gif", [f.repeat(4, 0).repeat(4, 1) for f in frames[::2]], duration=80, loop=0)
         print(f"{env_id}: return {mean:.1f} +- {half:.1f} (95 % interval, {args.eval_episodes} episodes)")
-    (run_dir / "eval.json").write_text(json.dumps(results, indent=1))
+    write_atomically(run_dir / "eval.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
     logger.close()
 
 

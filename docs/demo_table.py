@@ -18,11 +18,12 @@ from common import make_envs
 from train_policy import evaluate, mean_and_interval
 
 
-def main(runs: Path, source: str, target: str, episodes: int = 20):
+def main(runs: Path, source: str, target: str, seed: int = 1, episodes: int = 20):
     """Args:
     runs: folder with source-policy, adapted-policy and target-policy
     source: source environment id
     target: target environment id
+    seed: of the runs; the random policy starts where theirs do
     episodes: of the random policy
     """
 
@@ -33,8 +34,8 @@ def main(runs: Path, source: str, target: str, episodes: int = 20):
     envs = make_envs(target, 1)
     A = envs.single_action_space.shape[0]
     envs.close()
-    rng = np.random.default_rng(0)
-    random_returns, _ = evaluate(target, lambda image, vector: rng.uniform(-1, 1, (len(image), A)).astype(np.float32), episodes, seed=20_001, image_size=32)
+    rng = np.random.default_rng(seed)
+    random_returns, _ = evaluate(target, lambda image, vector: rng.uniform(-1, 1, (len(image), A)).astype(np.float32), episodes, seed=seed + 20_000, image_size=32)
     rows = [
         ("source policy in the source", result("source-policy", source)),
         ("source policy in the target (zero-shot)", result("source-policy", target)),

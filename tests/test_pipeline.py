@@ -156,7 +156,7 @@ def test_baselines(files, tmp_path, method):
 @pytest.mark.parametrize("collect", ["explore", "task", "random"])
 def test_runs_repeat_with_their_seed(tmp_path, collect):
     def weights(seed, run_dir):
-        call(draw_pretrain, *PRETRAIN, "--steps", 440, "--collect", collect, "--env-id", TOY[0], "--seed", seed, "--run-dir", tmp_path / run_dir)
+        call(draw_pretrain, *PRETRAIN, "--steps", 440, "--policy-start", 2, "--collect", collect, "--env-id", TOY[0], "--seed", seed, "--run-dir", tmp_path / run_dir)
         checkpoint = load_checkpoint(tmp_path / run_dir / "draw.pt", ("draw_pretrain",))
         return torch.cat([w.flatten() for part in ("draw", "task_actor", "explore_actor") for w in checkpoint[part].values()])
 
@@ -235,6 +235,8 @@ def test_overwriting_leaves_no_rows_of_the_old_run(tmp_path):
         ("--starts 33", ["--starts"]),  # of 4 sequences of 8
         ("--prefill 10", ["--prefill"]),
         ("--rewarded 1.5", ["--rewarded"]),
+        ("--soft-updates -5", ["--soft-updates"]),
+        ("--vector-layers 0", ["--vector-layers"]),
         ("--replay-size 10", ["--replay-size"]),
         ("--image-size 20 --env-id redraw/PendulumSwingup-v0", ["image"]),
         ("--device gpu", ["--device"]),
@@ -255,6 +257,8 @@ def test_mistakes_in_pretraining(files, tmp_path, flags, words):
         ("--target-env-id redraw/PendulumSwingupReversed-v0", ["vector"]),  # another vector size than the checkpoint's
         ("--target-env-id toy_env:Toy-v0 --collect-policy {F}/draw.pt", ["draw.pt", "train_policy.py"]),
         ("--target-env-id toy_env:Toy-v0 --collect-steps 1", ["--collect-steps"]),
+        ("--dataset {F}/data.npz --updates -1", ["--updates"]),
+        ("--dataset {F}/data.npz --holdout nan", ["--holdout"]),
         ("--dataset {F}/nowhere", ["nowhere"]),
         ("--dataset {F}/draw.pt", ["draw.pt"]),
         ("--dataset {F}/data.npz --length 40", ["--length"]),  # longer than the held-out episode
@@ -278,6 +282,8 @@ def test_mistakes_in_adaptation(files, tmp_path, flags, words):
         ("--dataset {F}/wide.npz", ["vector"]),
         ("--length 61", ["--length"]),
         ("--rewarded -0.1", ["--rewarded"]),
+        ("--seed -1", ["--seed"]),
+        ("--lr -1", ["--lr"]),
         ("--eval-env-ids toy_env:NoSuch-v0", ["NoSuch"]),  # before the training, not after it
         ("--eval-env-ids redraw/ReacherEasy-v0", ["ReacherEasy"]),  # the checkpoint has one action, it has two
         ("--eval-env-ids toy_env:Toy-v0 --eval-episodes 0", ["--eval-episodes"]),
