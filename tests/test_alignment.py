@@ -163,7 +163,7 @@ def test_starts_of_stage_3(monkeypatch, tmp_path, numbered):
         return original(self, z, action, is_first, dynamics)
 
     monkeypatch.setattr(DRAW, "observe", recorded)
-    train_policy.main(train_policy.Args(checkpoint, data, run_dir=str(tmp_path / "run"), device="cpu", updates=60, batch=8, length=5, horizon=2))
+    train_policy.main(train_policy.Args(checkpoint, data, run_dir=str(tmp_path / "run"), device="cpu", updates=120, batch=8, length=5, horizon=2))
     number, z = torch.cat([n for n, _ in seen]), torch.cat([z for _, z in seen])
     assert set(number[:, 0].tolist()) == set(range(76))  # every start of five rows
     # Samples of the posteriors of their own rows fit these better than those of the rows around them.
