@@ -124,7 +124,9 @@ def mean_and_interval(returns):
 
 
 def main(args):
-    check_positive(args, "updates", "batch", "length", "horizon", "return_floor", "lr", "log_every")
+    check_positive(args, "updates", "batch", "length", "horizon", "return_floor", "log_every")
+    if args.lr < 0:
+        raise UserError(f"--lr can't be negative, it is {args.lr}")
     if not 0 <= args.rewarded <= 1:
         raise UserError(f"--rewarded is a share from 0 to 1, it is {args.rewarded}")
     if args.eval_episodes < 2:
