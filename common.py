@@ -632,8 +632,8 @@ def seed_everything(seed):
 def pick_device(name):
     """'auto' is CUDA where there is one, else the CPU."""
     torch.set_flush_denormal(True)  # CPUs are many times slower on the tiny numbers that Adam leaves behind
-    if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # else glibc gives the memory of every large tensor back, to be faulted in again
+    if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc would give back, and fault in again, each large tensor
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30), libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

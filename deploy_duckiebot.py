@@ -753,6 +753,11 @@ def dataset_of(rows):
 
 def main(args):
     check_positive(args, "max_seconds", "hold", "max_speed", "max_turn", "max_duty", "max_slew", "image_size")
+    for path in filter(None, (args.record, args.export)):  # before the drive, not after it
+        if Path(path).exists():
+            raise UserError(f"{path} exists already; choose another name")
+        write_atomically(path, lambda file: None)
+        Path(path).unlink()
     seed_everything(args.seed)
     torch.set_num_threads(1)  # one image at a time: more threads only add jitter
     policy = None

@@ -155,7 +155,9 @@ def main(args):
     is_first = torch.from_numpy(dataset["is_first"]).to(device)  # (N,)
     is_terminal = torch.from_numpy(dataset["is_terminal"]).to(device)  # (N,)
     del dataset
-    predicted = torch.cat([draw.reward(part.exp()) for part in posterior.split(1024)]).clamp(min=0.0) + 1e-6  # (N,), reward from z's mean
+    H, n_rewarded = args.horizon, round(args.rewarded * args.batch)  # sequences that begin where reward is predicted
+    if n_rewarded:
+        predicted = torch.cat([draw.reward(part.exp()) for part in posterior.split(1024)]).clamp(min=0.0) + 1e-6  # (N,), reward from z's mean
 
     # Actor and critic start from scratch.
     actor, critic, slow_critic = Actor(sizes).to(device), Critic(sizes).to(device), Critic(sizes).to(device)
@@ -164,7 +166,6 @@ def main(args):
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.lr, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.lr, eps=1e-5, fused=True)
     range_ema = torch.zeros((), device=device)
-    H, n_rewarded = args.horizon, round(args.rewarded * args.batch)
 
     start_time = time.time()
     bar = tqdm(range(1, args.updates + 1), unit="update", mininterval=1.0)

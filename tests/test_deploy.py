@@ -438,6 +438,18 @@ def test_export_acts_as_the_policy_does(tmp_path):
     assert np.allclose(actions, policy(image.numpy(), vector.numpy()), atol=1e-5) and actions.std() > 0.1
 
 
+@pytest.mark.parametrize("flag", ["record", "export"])
+def test_nothing_is_overwritten(tmp_path, flag):
+    """Said before the drive: the robot's address, which nothing answers at, is never tried"""
+    (tmp_path / "taken").write_text("mine")
+    save_checkpoint(tmp_path / "policy.pt", stage="train_policy", args={}, sizes=vars(SIZES), policy=Policy(SIZES).state_dict())
+    (tmp_path / "file").write_text("")
+    for path, words in ((tmp_path / "taken", "exists already"), (tmp_path / "file" / "out", "can't write")):
+        with user_error(words):
+            deploy.main(deploy.Args(robot="127.0.0.1", port=1, checkpoint=str(tmp_path / "policy.pt"), **{flag: str(path)}))
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
 def test_export_that_differs_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(deploy.Board, "forward", lambda self, image, vector: self.policy.actor.net[-1].bias[:2].expand(len(image), 2))
     with user_error("differs"):
