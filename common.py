@@ -18,15 +18,18 @@ import dataclasses
 import json
 import os
 import random
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
+import imageio.v3
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 
 class UserError(SystemExit):
@@ -180,17 +183,18 @@ def check_sizes(env_id, envs, sizes):
         raise UserError(f"{env_id} has (image, vector, action) sizes {has}, the checkpoint was trained with {wants}")
 
 
-def held_noise(previous, hold):
+def held_noise(previous, hold, gain=2.0):
     """Random actions that stay for a geometrically distributed time, `hold` steps on average.
 
-    Independent noise averages out over a swing of the arm; held noise reaches far more states.
+    Independent noise averages out over a swing of the arm; held noise reaches far more states. With a gain of 2 half of
+    the draws lie on a bound: it takes full torque to swing a pendulum through the top.
 
     Args:
         previous: float32 (n, A), the last actions.
     Returns:
-        float32 (n, A) in [-1, 1].
+        float32 (n, A): uniform over [-gain, gain], clipped to [-1, 1].
     """
-    fresh = np.random.uniform(-1, 1, previous.shape).astype(np.float32)
+    fresh = np.random.uniform(-gain, gain, previous.shape).clip(-1, 1).astype(np.float32)
     return np.where(np.random.rand(len(previous), 1) < 1.0 / hold, fresh, previous)
 
 
@@ -254,7 +258,7 @@ def twohot_log_prob(logits, x):
     The target puts its mass on the two bins around symlog(x), in proportion to their nearness.
     """
     position = (symlog(x).clamp(-20.0, 20.0) + 20.0) / 40.0 * (BINS - 1)
-    below = position.floor().long().clamp(max=BINS - 2)
+    below = position.floor().long().clamp(0, BINS - 2)
     weight_above = (position - below)[..., None]
     logp = logits.log_softmax(-1)
     logp_below, logp_above = logp.gather(-1, below[..., None]), logp.gather(-1, below[..., None] + 1)
@@ -459,22 +463,13 @@ class Critic(nn.Module):
 
 
 class Policy(nn.Module):
-    """x_t -> a_t: encoder, posterior, actor. All that deployment needs."""
+    """x_t -> a_t: encoder, posterior, actor. All that deployment needs. Given a world model and an actor, it shares their modules."""
 
-    def __init__(self, sizes):
+    def __init__(self, sizes, draw=None, actor=None):
         super().__init__()
-        self.sizes = sizes
-        self.encoder = Encoder(sizes)
-        self.posterior_net = mlp(self.encoder.embed_size, sizes.units, 1, sizes.S * sizes.K)
-        self.actor = Actor(sizes)
-
-    @classmethod
-    def of(cls, draw, actor):
-        """Shares the modules of a world model and an actor, no copy."""
-        policy = cls.__new__(cls)
-        nn.Module.__init__(policy)
-        policy.sizes, policy.encoder, policy.posterior_net, policy.actor = draw.sizes, draw.encoder, draw.posterior_net, actor
-        return policy
+        self.sizes, self.actor = sizes, actor or Actor(sizes)
+        self.encoder = draw.encoder if draw else Encoder(sizes)
+        self.posterior_net = draw.posterior_net if draw else mlp(self.encoder.embed_size, sizes.units, 1, sizes.S * sizes.K)
 
     posterior = DRAW.posterior
 
@@ -491,16 +486,22 @@ class Policy(nn.Module):
 
 
 def write_atomically(path, write):
-    """Calls write(file) on a temporary file beside `path`, then renames it: no half file is ever seen."""
+    """Calls write(file) on a temporary file beside `path`, then renames it: no half file is ever seen.
+
+    Raises:
+        UserError: the disk is full, no permission, ...; what was at `path` is still there.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")  # one name, so that killed runs leave no more than one
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before the name: also a power cut leaves the old file or the new one
         os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"can't write {path}: {e.strerror or e}") from e
+    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+        raise UserError(f"can't write {path}: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}") from e
     finally:
         if path.parent.is_dir():
             temporary.unlink(missing_ok=True)
@@ -555,8 +556,8 @@ def load_dataset(path, image_size=None, vector_size=None, action_size=None):
         for key, value in chunk.items():
             if value.ndim != NDIMS[key] or value.dtype.kind not in "biuf" or (key == "image" and value.dtype != np.uint8):
                 raise UserError(f"{file}: {key} must be {np.dtype(DTYPES[key])} with {NDIMS[key]} dimensions, it is {value.dtype} {value.shape}")
-            if len(value) != n or n < 2:
-                raise UserError(f"{file}: all arrays need the same length of at least 2 rows, {key} has {len(value)}, is_first {n}")
+            if len(value) != n or n < 1 or rows < 2 and path.is_dir():
+                raise UserError(f"{file}: all arrays need the same length, and 2 rows in all at least; {key} has {len(value)}, is_first {n}")
             if not np.isfinite(value).all():
                 raise UserError(f"{file}: {key} holds NaN or infinity, first in row {np.argwhere(~np.isfinite(value))[0][0]}")
             chunk[key] = value.astype(DTYPES[key], copy=False)
@@ -650,50 +651,151 @@ def check_positive(args, *names):
             raise UserError(f"--{name.replace('_', '-')} must be above 0, it is {value}")
 
 
-class Logger:
-    """Scalars to TensorBoard, to metrics.csv (step, metric, value) and, if asked, to Weights & Biases.
+class Interrupt:
+    """Ctrl-C and SIGTERM. They end the script with one line, but while `waits` is true they only set `asked`, so that a
+    training loop can finish its update and save first."""
 
+    def __init__(self):
+        self.waits = self.asked = False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self.handle)
+
+    def handle(self, signum, frame):
+        if not self.waits or self.asked:  # a second one does not wait
+            self.stop("interrupted")
+        self.asked = True
+
+    def stop(self, text):
+        print(f"\n{text}; the same command with --resume goes on from the last save", file=sys.stderr)
+        raise SystemExit(130)
+
+
+def save_state(path, args, logger, **contents):
+    """Saves a run in progress for --resume: contents, arguments, the logs' length and the states of all random generators."""
+    _, keys, *position = np.random.get_state()  # plain numbers: files are read with weights_only=True
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    rng = {"python": random.getstate(), "numpy": (keys.tolist(), *position), "torch": torch.get_rng_state(), "cuda": cuda}
+    save_checkpoint(path, stage="state", args=json.dumps(comparable(args)), rng=rng, logged=logger.file.tell(), **contents)
+
+
+def load_state(path, args, device):
+    """What save_state wrote, or None if the run was killed before its first save. UserError: the run had other arguments."""
+    started = Path(path).with_name("args.json")
+    if not started.exists():
+        return None
+    state = load_checkpoint(path, ("state",), device) if Path(path).exists() else None
+    before, now = json.loads(state["args"] if state else started.read_text()), comparable(args)
+    for name in before.keys() | now.keys():
+        if name in now and before.get(name, now[name]) != now[name]:
+            raise UserError(f"--resume needs the flags of the start: --{name.replace('_', '-')} was {before[name]}, now it is {now[name]}")
+    return state
+
+
+def comparable(args):
+    """The arguments that a resumed run must share with its start, as they come back from JSON"""
+    free = ("resume", "overwrite", "track", "device", "run_dir")
+    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(args).items() if k not in free}, default=str))
+
+
+def restore_rng(rng):
+    """Sets the random generators to the states in a file of save_state."""
+    random.setstate(rng["python"])
+    np.random.set_state(("MT19937", *rng["numpy"]))
+    torch.set_rng_state(rng["torch"].cpu())
+    if torch.cuda.is_available() and rng["cuda"]:
+        torch.cuda.set_rng_state_all([r.cpu() for r in rng["cuda"]])
+
+
+def stop_if_diverged(run_dir, update, terms, **contents):
+    """Called before an optimiser's step: if a term (dict of name -> tensor) is NaN or infinite, saves `contents` (the batch and the
+    weights, still good) as diverged.pt and ends the run with the term's name."""
+    if not torch.isfinite(sum(v.detach().sum() for v in terms.values())):  # one look at the device
+        bad = [name for name, v in terms.items() if not torch.isfinite(v).all()] or list(terms)
+        path = Path(run_dir) / "diverged.pt"
+        save_checkpoint(path, stage="diverged", update=update, terms=bad, **{k: v() if callable(v) else v for k, v in contents.items()})
+        raise UserError(f"{', '.join(bad)} is not finite in update {update + 1}; batch and weights before it are in {path}; try a smaller learning rate")
+
+
+class Logger:
+    """Scalars to TensorBoard, to metrics.csv (step, metric, value) and, if asked, to Weights & Biases; videos; learning curves at the end.
+
+    Args:
+        state: of load_state, to go on with the logs from there.
     Raises:
-        UserError: the run folder holds a run already.
+        UserError: the run folder holds a run already, or the disk is full.
     """
 
-    def __init__(self, run_dir, args, track=False, overwrite=False):
+    def __init__(self, run_dir, args, state=None):
         from torch.utils.tensorboard import SummaryWriter
 
-        if track:
+        if args.track:
             try:
                 import wandb
             except ImportError as e:
                 raise UserError("--track needs Weights & Biases: pip install wandb") from e
-        self.dir = Path(run_dir)
-        if (self.dir / "args.json").exists() and not overwrite:
-            raise UserError(f"{run_dir} holds a run already; choose another --run-dir or add --overwrite")
+        self.dir, self.warned = Path(run_dir), set()
+        if (self.dir / "args.json").exists() and not args.overwrite and not args.resume:
+            raise UserError(f"{run_dir} holds a run already; choose another --run-dir or add --resume or --overwrite")
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            for old in self.dir.glob("events.out.tfevents.*"):
-                old.unlink()
-            self.file = open(self.dir / "metrics.csv", "w", newline="")
-            (self.dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1, default=str))
+            self.file = open(self.dir / "metrics.csv", "r+" if state else "w", newline="")
+            if state:  # what was logged after the save comes again
+                self.file.truncate(self.file.seek(state["logged"]))
+            else:
+                for old in [*self.dir.glob("events.out.tfevents.*"), self.dir / "state.pt"]:
+                    old.unlink(missing_ok=True)
+                self.file.write("step,metric,value\n")
+                (self.dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1, default=str))
+            self.tensorboard = SummaryWriter(str(self.dir), purge_step=state["update"] + 1 if state else None)
         except OSError as e:
             raise UserError(f"can't write into --run-dir {run_dir}: {e.strerror}") from e
-        self.wandb = wandb.init(project="redraw", name=self.dir.name, config=dataclasses.asdict(args), dir=str(self.dir)) if track else None
-        self.tensorboard = SummaryWriter(str(self.dir))
-        self.csv = csv.writer(self.file)
-        self.csv.writerow(["step", "metric", "value"])
+        self.wandb = wandb.init(project="redraw", name=self.dir.name, config=dataclasses.asdict(args), dir=str(self.dir)) if args.track else None
 
     def log(self, step, metrics):
         """metrics: dict of name -> number or 0-d tensor"""
         metrics = {k: float(v.detach() if torch.is_tensor(v) else v) for k, v in metrics.items()}
-        for name, value in metrics.items():
-            self.tensorboard.add_scalar(name, value, step)
-            self.csv.writerow([step, name, f"{value:.6g}"])
-        self.file.flush()
+        try:
+            self.file.writelines(f"{step},{name},{value:.6g}\n" for name, value in metrics.items())
+            self.file.flush()
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, step)
+        except OSError as e:
+            raise UserError(f"can't write the logs in {self.dir}: {e.strerror}") from e
         if self.wandb:
             self.wandb.log(metrics, step=step)
         return metrics
 
+    def warn(self, when, text):
+        """Prints the text the first time that `when` is true."""
+        if when and text not in self.warned:
+            self.warned.add(text)
+            tqdm.write(f"warning: {text}")
+
+    def video(self, step, name, frames, fps=12):
+        """frames: uint8 (T, height, width, 3), to NAME.gif in the run folder and, as a moving picture, to TensorBoard"""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        gif = imageio.v3.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)
+        write_atomically(self.dir / f"{name}.gif", lambda file: file.write(gif))
+        image = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=gif)
+        self.tensorboard.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+
     def close(self):
-        self.tensorboard.close()
+        """Draws metrics.csv as curves.png, a panel a metric, and closes the files."""
+        from matplotlib.figure import Figure
+
         self.file.close()
+        self.tensorboard.close()
+        series = {}
+        for row in csv.DictReader(open(self.dir / "metrics.csv")):
+            series.setdefault(row["metric"], []).append((int(row["step"]), float(row["value"])))
+        series = {name: points for name, points in series.items() if len(points) > 1}
+        if series:
+            figure = Figure(figsize=(14, 2.2 * -(-len(series) // 4)), layout="constrained")
+            for i, (name, points) in enumerate(series.items()):
+                axes = figure.add_subplot(-(-len(series) // 4), 4, i + 1)
+                axes.plot(*zip(*points), color="#0072B2", linewidth=1)
+                axes.set_title(name, fontsize=9)
+            write_atomically(self.dir / "curves.png", lambda file: figure.savefig(file, dpi=70))
         if self.wandb:
             self.wandb.finish()

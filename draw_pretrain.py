@@ -19,6 +19,7 @@ the later stages) and metrics.csv. Next: redraw_adapt.py.
 """
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,9 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from common import (DRAW, Actor, Critic, Logger, Policy, Sizes, UserError, check_positive, held_noise, kl_categorical, make_envs, mix, mlp, pick_device,
-                    sample_onehot, save_checkpoint, save_dataset, seed_everything, softmax, symlog, twohot_log_prob, twohot_mean, unimix)  # fmt: skip
+from common import (DRAW, Actor, Critic, Interrupt, Logger, Policy, Sizes, UserError, check_positive, held_noise, kl_categorical, load_dataset, load_state, make_envs,
+                    mix, mlp, pick_device, restore_rng, sample_onehot, save_checkpoint, save_dataset, save_state, seed_everything, softmax, stop_if_diverged, symlog, twohot_log_prob,
+                    twohot_mean, unimix)  # fmt: skip
 
 
 @dataclass
@@ -42,7 +44,11 @@ class Args:
     run_dir: Optional[str] = None
     """folder for everything this run writes (default: runs/pretrain-ENV-SEED)"""
     overwrite: bool = False
-    """write into a folder that holds a run already"""
+    """start anew in a folder that holds a run already"""
+    resume: bool = False
+    """go on from the last save of the run in run_dir, given the same flags; without one, start"""
+    save_every: int = 20_000
+    """agent steps between two saves; each ends the running episodes, so that the environments need no saving"""
     seed: int = 1
     device: str = "auto"
     """auto, cpu or cuda"""
@@ -129,7 +135,7 @@ PRESETS = {
     "laptop": (
         "minutes on two CPU cores: 32x32 images, small networks, short episodes",
         Args(
-            steps=40_000, episode_steps=50, image_size=32, collect="mixed", prefill=16_000, hold=8.0,
+            save_every=4_000, steps=40_000, episode_steps=50, image_size=32, collect="mixed", prefill=16_000, hold=8.0,
             replay_size=200_000, S=64, K=4, cnn_depth=8, vector_units=128, vector_layers=2, units=128, actor_units=128, batch=32, length=8,
             rewarded=0.25, train_every=5.0, lr=3e-3, warmup=100, decay=True, image_scale=300.0, vector_scale=400.0, reward_scale=50.0,
             soft_updates=500, policy_start=2500, policy_every=4, explore_every=8, horizon=15, gamma=0.99, starts=128, actor_lr=5e-4,
@@ -159,6 +165,7 @@ class Replay:
             "is_terminal": np.empty((n_envs, self.length), bool),
         }
         self.added = 0  # rows ever written, per environment
+        self.full = set()  # names of the files that `save` need not write again
 
     def add(self, **row):
         """One row of every environment; each value (n_envs, ...)."""
@@ -183,14 +190,31 @@ class Replay:
         env, t = env[:, None], (oldest + start[:, None] + np.arange(T)) % self.length
         return {k: torch.from_numpy(v[env, t]).to(device, non_blocking=True) for k, v in self.data.items()}
 
-    def save(self, folder, rows_per_file=10_000):
-        """Writes one dataset folder; each file is a stretch of one environment's rows, oldest first."""
-        for old in Path(folder).glob("*.npz"):
-            old.unlink()  # of a run that this one overwrites
-        rows = np.arange(self.added - len(self), self.added)
+    def save(self, folder, R=2000):
+        """Writes the rows as a dataset folder, each file a stretch of at most R rows of one environment, named by its first row. A full
+        file is written once, so that a save costs what was added since the last one. Returns the names of the files that count."""
+        oldest, names = self.added - len(self), []
         for env in range(len(self.data["reward"])):
-            for i, part in enumerate(np.array_split(rows, -(-len(rows) // rows_per_file))):
-                save_dataset(Path(folder) / f"env{env:03d}-{i:05d}.npz", {k: v[env, part % self.length] for k, v in self.data.items()})
+            for k in range(oldest // R, -(-self.added // R)):
+                name = f"env{env:03d}-{k * R:09d}.npz"
+                if name not in self.full:
+                    rows = np.arange(max(k * R, oldest), min((k + 1) * R, self.added))
+                    name = f"env{env:03d}-{rows[0]:09d}.npz"
+                    save_dataset(Path(folder) / name, {key: v[env, rows % self.length] for key, v in self.data.items()})
+                    self.full |= {name} if len(rows) == R else set()
+                names.append(name)
+        return names
+
+    def load(self, folder, names, added, R=2000):
+        """Reads back what `save` had written when it returned `names` and `added` rows had been added."""
+        self.added = added
+        for name in names:
+            chunk = load_dataset(Path(folder) / name)
+            env, rows = int(name[3:6]), int(name[7:16]) + np.arange(len(chunk["is_first"]))
+            keep = (rows >= added - len(self)) & (rows < added)  # a file may hold older rows, or, if a later save was cut short, newer ones
+            for key, v in self.data.items():
+                v[env, rows[keep] % self.length] = chunk[key][keep]
+            self.full |= {name} if len(rows) == R else set()
 
 
 def world_model_loss(draw, data, args, soft):
@@ -278,13 +302,14 @@ class ActorCritic:
         self.optimizer = torch.optim.Adam([*self.actor.parameters(), *self.critic.parameters()], lr=args.actor_lr, eps=1e-5, fused=True)
         self.scale = torch.zeros((), device=device)
 
-    def update(self, draw, z, sigma, weight, reward_fn):
+    def update(self, draw, z, sigma, weight, reward_fn, check=None):
         """One update from imagined trajectories.
 
         Args:
             z, sigma: (B, S, K), posterior states to start from.
             weight: (B,), 0 where a start is terminal, else 1.
             reward_fn: function (z_t, sigma_t, a_t, z_{t+1}), each (H, B, ...) -> rewards (H, B).
+            check: function (dict of terms, batch), called before the optimiser's step, that may end the run.
         Returns:
             dict of metrics.
         """
@@ -311,8 +336,8 @@ class ActorCritic:
             returns.insert(0, R)
         returns = torch.stack(returns)  # (H, B): R_0 .. R_{H-1}
         p5, p95 = torch.quantile(returns.detach(), torch.tensor([0.05, 0.95], device=returns.device))
-        self.scale = 0.99 * self.scale + 0.01 * (p95 - p5)
-        scale = self.scale.clamp(min=self.scale_floor)
+        new_scale = 0.99 * self.scale + 0.01 * (p95 - p5)
+        scale = new_scale.clamp(min=self.scale_floor)
 
         pi = self.actor(zs[:-1].detach())
         entropy = pi.entropy().sum(-1)  # (H, B)
@@ -327,20 +352,58 @@ class ActorCritic:
         self.optimizer.zero_grad()
         actor_loss.backward(inputs=list(self.actor.parameters()), retain_graph=self.actor_grad == "dynamics")
         critic_loss.backward(inputs=list(self.critic.parameters()))
-        nn.utils.clip_grad_norm_(self.actor.parameters(), 100.0)
-        nn.utils.clip_grad_norm_(self.critic.parameters(), 100.0)
+        actor_norm = nn.utils.clip_grad_norm_(self.actor.parameters(), 100.0)
+        critic_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), 100.0)
+        terms = {"reward": rewards, "critic": values, "actor_loss": actor_loss, "critic_loss": critic_loss, "gradient": actor_norm + critic_norm}
+        if check:
+            check(terms, {"z": zs[0], "sigma": sigmas[0], "weight": weight})
         self.optimizer.step()
+        self.scale = new_scale
         with torch.no_grad():
             for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters()):
                 slow.lerp_(fast, 0.02)
         metrics = {"return": returns.mean(), "reward": rewards.mean(), "entropy": entropy.mean(), "scale": self.scale, "critic_loss": critic_loss}
         return {k: v.detach() for k, v in metrics.items()}  # without the graph of the imagination
 
+    def state(self):
+        """Everything that an update changes, for --resume"""
+        modules = {"actor": self.actor, "critic": self.critic, "slow_critic": self.slow_critic, "optimizer": self.optimizer}
+        return {k: v.state_dict() for k, v in modules.items()} | {"scale": self.scale}
+
+    def load(self, state):
+        for name in ("actor", "critic", "slow_critic", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.scale = state["scale"]
+
+
+@torch.no_grad()
+def pictures(draw, ensemble, replay, logger, step, device, T=40):
+    """prediction.gif: four episodes; reality, reconstruction, and the open-loop prediction from the first frame and the actions.
+    disagreement.gif, which does not move: the frames that the ensemble knows least, and below the ones that it knows best."""
+    order = (replay.added - len(replay) + np.arange(len(replay))) % replay.length  # rows of the ring, oldest first
+    begins = np.flatnonzero(replay.data["is_first"][0, order])
+    lengths = np.diff(begins, append=len(order))
+    T = min(T, lengths.max())
+    rows = order[begins[lengths >= T][-4:, None] + np.arange(T)]  # (4, T), of the first environment
+    image, vector, action = (torch.from_numpy(replay.data[k][0, rows]).to(device) for k in ("image", "vector", "action"))
+    q = draw.posterior(draw.encoder(image, vector)).exp()
+    seen = sample_onehot(q)  # (4, T, S, K)
+    z, sigmas = [seen[:, 0]], [softmax(draw.observe(seen[:, :1], action[:, :1], torch.ones_like(action[:, :1, 0], dtype=torch.bool)))[:, 0]]
+    for t in range(T - 1):
+        sigmas.append(softmax(draw.dynamics(z[-1], sigmas[-1], action[:, t])))
+        z.append(sample_onehot(mix(sigmas[-1])))
+    decoded = [draw.decoder(x.flatten(-2)).clamp(0, 1) * 255 for x in (seen, torch.stack(z, 1))]  # (4, T, L, L, 3) each
+    video = torch.cat([image.float(), *decoded], 2).to(torch.uint8)  # below each other
+    logger.video(step, "prediction", torch.cat(list(video), 2).cpu().numpy().repeat(3, 1).repeat(3, 2), fps=8)  # side by side
+    by_disagreement = ensemble.disagreement(torch.stack(sigmas, 1), seen, action).flatten().argsort(descending=True)
+    most, least = (torch.cat(list(image.flatten(0, 1)[i]), 1) for i in (by_disagreement[:12], by_disagreement[-12:]))
+    logger.video(step, "disagreement", torch.cat([most, least]).cpu().numpy()[None].repeat(3, 1).repeat(3, 2))
+
 
 def main(args):
     check_positive(args, "steps", "n_envs", "episode_steps", "image_size", "hold", "batch", "length", "train_every", "horizon", "starts", "log_every",
                    "policy_every", "explore_every", "ensemble", "S", "K", "cnn_depth", "units", "actor_units", "vector_units", "vector_layers", "lr",
-                   "actor_lr")  # fmt: skip
+                   "actor_lr", "save_every")  # fmt: skip
     if args.length < 2 or args.ensemble < 2:
         raise UserError("--length and --ensemble must be at least 2")
     if min(args.soft_updates, args.ensemble_target, args.policy_start) < 0:
@@ -353,6 +416,7 @@ def main(args):
         raise UserError(f"--prefill must be at least n_envs x length = {args.n_envs * args.length} rows and less than --steps, it is {args.prefill}")
     if args.replay_size < args.n_envs * args.length:
         raise UserError(f"--replay-size must hold at least n_envs x length = {args.n_envs * args.length} rows")
+    interrupt = Interrupt()
     seed_everything(args.seed)
     device = pick_device(args.device)
     envs = make_envs(args.env_id, args.n_envs, args.image_size, args.episode_steps)
@@ -363,7 +427,8 @@ def main(args):
         units=args.units, actor_units=args.actor_units,
     )  # fmt: skip
     run_dir = Path(args.run_dir or f"runs/pretrain-{args.env_id.split('/')[-1]}-{args.seed}")
-    logger = Logger(run_dir, args, args.track, args.overwrite)
+    saved = load_state(run_dir / "state.pt", args, device) if args.resume else None
+    logger = Logger(run_dir, args, saved)
 
     draw = DRAW(sizes).to(device)
     if device.type == "cpu":
@@ -381,7 +446,20 @@ def main(args):
     def explore_reward(z, sigma, action, z_next):
         return ensemble.disagreement(sigma, z, action)
 
-    def save():
+    def weights():  # all that an update changes
+        modules = {"draw": draw, "ensemble": ensemble, "optimizer": optimizer, "ensemble_optimizer": ensemble_optimizer}
+        return {k: v.state_dict() for k, v in modules.items()} | {"task": task.state(), "explore": explore.state()}
+
+    def check(terms, batch):
+        stop_if_diverged(run_dir, updates, terms, batch=batch, weights=weights)
+
+    def save(step):
+        files = replay.save(run_dir / "replay")  # first the rows, then the state that counts on them, then what nobody needs any more
+        save_state(run_dir / "state.pt", args, logger, step=step, update=updates, finished=finished, policy_metrics=policy_metrics,
+                   action=torch.from_numpy(action), replay_files=files, replay_added=replay.added, **weights())  # fmt: skip
+        for old in (run_dir / "replay").glob("*.npz"):
+            if old.name not in files:  # rows that left the ring, or of a run that this one overwrites
+                old.unlink()
         save_checkpoint(
             run_dir / "draw.pt", stage="draw_pretrain", args=dataclasses.asdict(args), sizes=dataclasses.asdict(sizes), draw=draw.state_dict(),
             task_actor=task.actor.state_dict(), explore_actor=explore.actor.state_dict(), updates=updates,
@@ -390,15 +468,27 @@ def main(args):
     total_updates = int((args.steps - args.prefill) / args.train_every)
     if args.collect != "random" and args.policy_start >= total_updates:
         print(f"warning: no policy is trained: --policy-start {args.policy_start}, but these --steps make {total_updates} updates; random actions collect")
-    updates, episode_return, finished = 0, np.zeros(args.n_envs), []
-    obs, _ = envs.reset(seed=args.seed)
-    zeros = np.zeros(args.n_envs)
-    reward, first, last, terminal = zeros, zeros == 0, zeros != 0, zeros != 0
+    updates, begin, finished, policy_metrics, start = 0, 0, [], {}, time.time()
     action = np.zeros((args.n_envs, sizes.action_size), np.float32)
     collectors = np.full(args.n_envs, RANDOM)  # per environment, drawn anew for each episode
-    policy_metrics, start = {}, time.time()
-    bar = tqdm(total=args.steps, unit="step", smoothing=0.05, mininterval=1.0)
-    for step in range(0, args.steps, args.n_envs):
+    if saved:
+        for name, module in (("draw", draw), ("ensemble", ensemble), ("optimizer", optimizer), ("ensemble_optimizer", ensemble_optimizer)):
+            module.load_state_dict(saved[name])
+        task.load(saved["task"])
+        explore.load(saved["explore"])
+        replay.load(run_dir / "replay", saved["replay_files"], saved["replay_added"])
+        updates, begin, finished, policy_metrics = saved["update"], saved["step"], saved["finished"], saved["policy_metrics"]
+        action = saved["action"].cpu().numpy()
+        restore_rng(saved["rng"])
+    new_episodes = True
+    interrupt.waits = True
+    bar = tqdm(total=args.steps, initial=begin, unit="step", smoothing=0.05, mininterval=1.0)
+    for step in range(begin, args.steps, args.n_envs):
+        if new_episodes:  # at the start and after each save, so that a run goes on alike whether it is resumed there or not
+            obs, _ = envs.reset(seed=np.random.randint(2**31))
+            episode_return = np.zeros(args.n_envs)
+            reward, first, last, terminal = np.zeros(args.n_envs), *(np.full(args.n_envs, b) for b in (True, False, False))
+            new_episodes = False
         # 1. act and store
         collectors[first] = np.random.randint(0, 3, first.sum())
         if step < args.prefill or updates < args.policy_start or args.collect == "random":
@@ -410,20 +500,20 @@ def main(args):
         action = held_noise(action, args.hold)
         for collector, actor_critic in ((EXPLORE, explore), (TASK, task)):
             if (who == collector).any():
-                chosen = Policy.of(draw, actor_critic.actor)(obs["image"], obs["vector"])
+                chosen = Policy(sizes, draw, actor_critic.actor)(obs["image"], obs["vector"])
                 action = np.where((who == collector)[:, None], chosen, action)
         replay.add(image=obs["image"], vector=obs["vector"], action=action, reward=reward, is_first=first, is_last=last, is_terminal=terminal)
         obs, reward, terminated, truncated, _ = envs.step(action)
         episode_return += reward
         first, last, terminal = last, terminated | truncated, terminated
-        finished += list(episode_return[last])
+        finished += episode_return[last].tolist()
         episode_return[last] = 0.0
         bar.update(args.n_envs)
 
         while updates < total_updates and step + args.n_envs >= args.prefill and updates < (step + args.n_envs - args.prefill) / args.train_every:
             lr = args.lr * min(1.0, (updates + 1) / max(args.warmup, 1))
             if args.decay:
-                lr *= 0.55 + 0.45 * np.cos(np.pi * updates / total_updates)
+                lr *= 0.55 + 0.45 * math.cos(math.pi * updates / total_updates)
             for opt in (optimizer, ensemble_optimizer):
                 opt.param_groups[0]["lr"] = lr
             # 2. world model
@@ -433,22 +523,23 @@ def main(args):
             optimizer.zero_grad()
             loss.backward()
             metrics["world_model/grad_norm"] = nn.utils.clip_grad_norm_(draw.parameters(), 1000.0)
+            check(metrics, data)
             optimizer.step()
             # 3. ensemble, on what the world model just saw
             ensemble_loss = ensemble.loss(sigma, z, data["action"], embed, data["is_first"])
             ensemble_optimizer.zero_grad()
             ensemble_loss.backward()
-            nn.utils.clip_grad_norm_(ensemble.parameters(), 1000.0)
-            ensemble_optimizer.step()
             metrics["explore/ensemble_loss"] = ensemble_loss
+            check({"ensemble": ensemble_loss, "gradient": nn.utils.clip_grad_norm_(ensemble.parameters(), 1000.0)}, data)
+            ensemble_optimizer.step()
             # 4. actor-critics, from the posterior states of the same batch
             pick = torch.randperm(args.batch * args.length, device=device)[: args.starts]
             z, sigma = z.flatten(0, 1)[pick], sigma.flatten(0, 1)[pick]  # (starts, S, K)
             weight = 1.0 - data["is_terminal"].flatten()[pick].float()
             if updates >= args.policy_start and updates % args.policy_every == 0:
-                policy_metrics |= {f"task/{k}": v for k, v in task.update(draw, z, sigma, weight, task_reward).items()}
+                policy_metrics |= {f"task/{k}": v for k, v in task.update(draw, z, sigma, weight, task_reward, check).items()}
             if updates >= args.policy_start and updates % args.explore_every == 0:
-                policy_metrics |= {f"explore/{k}": v for k, v in explore.update(draw, z, sigma, weight, explore_reward).items()}
+                policy_metrics |= {f"explore/{k}": v for k, v in explore.update(draw, z, sigma, weight, explore_reward, check).items()}
             updates += 1
             if updates % args.log_every == 0 or updates == total_updates:
                 metrics = metrics | policy_metrics
@@ -456,16 +547,27 @@ def main(args):
                     metrics["collect/episode_return"] = np.mean(finished)
                     finished = []
                 shown = logger.log(updates, metrics)
+                logger.warn(updates > 2000 and shown["world_model/kl"] < 1.01, "the KL stays at its free nat, so the latent says nothing: raise "
+                            "--image-scale and --vector-scale")
+                logger.warn(shown.get("task/entropy", 0) < -0.8 * sizes.action_size, "the task policy's entropy is at its floor: raise --entropy or "
+                            "--return-floor, or lower --actor-lr")  # the actor's smallest deviation, 0.1, has an entropy of -0.88 per action
+                most = np.abs(replay.data["reward"][:, : len(replay)]).max() / (1 - args.gamma)  # no return is larger
+                logger.warn(shown.get("task/scale", 0) > max(args.return_floor, 4 * most), "the task's imagined returns spread wider than the rewards "
+                            "allow: the critic is running away, or rewards are predicted that were never seen; lower --actor-lr")  # fmt: skip
                 bar.set_postfix_str(
                     f"updates {updates}/{total_updates} image {shown['world_model/image']:.2f} kl {shown['world_model/kl']:.1f} "
                     f"return {shown.get('collect/episode_return', np.nan):.0f} imagined {shown.get('task/return', np.nan):.1f}"
                 )
-            if updates % 1000 == 0:
-                save()
+        if (step + args.n_envs) // args.save_every > step // args.save_every or interrupt.asked:
+            pictures(draw, ensemble, replay, logger, updates, device)
+            save(step + args.n_envs)
+            new_episodes = True
+            if interrupt.asked:
+                interrupt.stop(f"saved after {step + args.n_envs} steps")
     bar.close()
     envs.close()
-    replay.save(run_dir / "replay")
-    save()
+    pictures(draw, ensemble, replay, logger, updates, device)
+    save(args.steps)
     logger.close()
     print(f"wrote {run_dir}/draw.pt and {run_dir}/replay after {time.time() - start:.0f} s")
 

@@ -31,9 +31,9 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, Logger, Policy, Sizes, UserError, check_positive, check_sizes, held_noise, kl_categorical, load_checkpoint,
-                    load_dataset, load_draw, load_policy, make_envs, mix, mlp, pick_device, sample_onehot, save_checkpoint, save_dataset,
-                    seed_everything, unimix, write_atomically)  # fmt: skip
+from common import (Actor, Interrupt, Logger, Policy, Sizes, UserError, check_positive, check_sizes, held_noise, kl_categorical, load_checkpoint,
+                    load_dataset, load_draw, load_policy, load_state, make_envs, mix, mlp, pick_device, restore_rng, sample_onehot,
+                    save_checkpoint, save_dataset, save_state, seed_everything, stop_if_diverged, unimix, write_atomically)  # fmt: skip
 
 
 @dataclass
@@ -45,7 +45,11 @@ class Args:
     run_dir: Optional[str] = None
     """folder for everything this run writes (default: runs/adapt-METHOD-SEED)"""
     overwrite: bool = False
-    """write into a folder that holds a run already"""
+    """start anew in a folder that holds a run already"""
+    resume: bool = False
+    """go on from the last save of the run in run_dir, given the same flags; without one, start"""
+    save_every: int = 10_000
+    """updates between two saves"""
     seed: int = 1
     device: str = "auto"
     """auto, cpu or cuda"""
@@ -94,7 +98,7 @@ class Args:
 PRESETS = {
     "laptop": (
         "minutes on two CPU cores",
-        Args(checkpoint=tyro.MISSING, collect_policy="random", episode_steps=40, hidden=512, lr=2e-3, updates=3000, batch=64, length=8, log_every=250),
+        Args(checkpoint=tyro.MISSING, collect_policy="random", episode_steps=40, hidden=512, lr=2e-3, updates=3000, batch=64, length=8, log_every=250, save_every=500),
     ),  # fmt: skip
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING)),
 }
@@ -212,14 +216,14 @@ def collect(args, envs, policy):
     return {k: np.concatenate(np.stack(v, 1)) for k, v in rows.items()}
 
 
-def split_episodes(is_first, holdout, length):
+def split_episodes(is_first, holdout, length, seed):
     """Holds out whole episodes. Returns {"train": rows, "held-out": rows}, sorted row numbers, so that sequences can be
     cut from each; UserError if a part has no sequence of `length` rows."""
     episode = np.cumsum(is_first) - 1  # (N,), number of the episode of each row
     n = episode[-1] + 1
     if n < 2:
         raise UserError("the dataset holds one episode, so none can be held out; record at least two")
-    held_out = np.isin(episode, np.random.permutation(n)[: max(1, round(holdout * n))])
+    held_out = np.isin(episode, np.random.default_rng(seed).permutation(n)[: max(1, round(holdout * n))])
     rows = {"train": np.flatnonzero(~held_out), "held-out": np.flatnonzero(held_out)}
     if min(map(len, rows.values())) < length:
         raise UserError(f"too little data for sequences of --length {length}: { {k: len(v) for k, v in rows.items()} } rows")
@@ -229,19 +233,27 @@ def split_episodes(is_first, holdout, length):
 def main(args):
     if args.dataset is None and args.target_env_id is None:
         raise UserError("give --dataset, or --target-env-id to collect one")
-    check_positive(args, "n_envs", "hold", "episode_steps", "batch", "length", "log_every", "hidden", "layers", "members", "lr")
+    check_positive(args, "n_envs", "hold", "episode_steps", "batch", "length", "log_every", "hidden", "layers", "members", "lr", "save_every")
     if args.updates < 0 or not 0 <= args.holdout <= 1:
         raise UserError(f"--updates {args.updates} can't be negative, and --holdout {args.holdout} is a share from 0 to 1")
     if args.length < 2:
         raise UserError("--length must be at least 2: a first step has nothing to be predicted from")
     if args.dataset is None and args.collect_steps < 2 * args.n_envs * args.length:
         raise UserError(f"--collect-steps must be at least 2 x n_envs x length = {2 * args.n_envs * args.length}, it is {args.collect_steps}")
+    interrupt = Interrupt()
     seed_everything(args.seed)
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint, ("draw_pretrain",), device)
     sizes = Sizes(**checkpoint["sizes"])
     draw = load_draw(checkpoint, device)
-    if args.dataset is None:
+    run_dir = Path(args.run_dir or f"runs/adapt-{args.method}-{args.seed}")
+    saved = load_state(run_dir / "state.pt", args, device) if args.resume else None
+    path = run_dir / "dataset.npz" if args.dataset is None else args.dataset
+    if args.dataset or saved:
+        dataset = load_dataset(path, sizes.image_size, sizes.vector_size, sizes.action_size)
+        rows = split_episodes(dataset["is_first"], args.holdout, args.length, args.seed)
+        logger = Logger(run_dir, args, saved)
+    else:
         envs = make_envs(args.target_env_id, args.n_envs, sizes.image_size, args.episode_steps)
         check_sizes(args.target_env_id, envs, sizes)
         if args.collect_policy == "random":
@@ -249,19 +261,14 @@ def main(args):
         elif args.collect_policy in ("zero-shot", "explore"):
             actor = Actor(sizes).to(device)
             actor.load_state_dict(checkpoint["task_actor" if args.collect_policy == "zero-shot" else "explore_actor"])
-            policy = Policy.of(draw, actor)
+            policy = Policy(sizes, draw, actor)
         else:
             policy = load_policy(args.collect_policy, device)
             check_sizes(args.target_env_id, envs, policy.sizes)
-    else:
-        dataset = load_dataset(args.dataset, sizes.image_size, sizes.vector_size, sizes.action_size)
-        rows = split_episodes(dataset["is_first"], args.holdout, args.length)
-    run_dir = Path(args.run_dir or f"runs/adapt-{args.method}-{args.seed}")
-    logger = Logger(run_dir, args, args.track, args.overwrite)
-    if args.dataset is None:
+        logger = Logger(run_dir, args)
         dataset = collect(args, envs, policy)
-        save_dataset(run_dir / "dataset.npz", dataset)
-        rows = split_episodes(dataset["is_first"], args.holdout, args.length)
+        save_dataset(path, dataset)
+        rows = split_episodes(dataset["is_first"], args.holdout, args.length, args.seed)
 
     # Each frame is encoded once, ever; from here on no image is touched.
     posterior = encode_dataset(draw, dataset, device)  # log q(z_t | x_t), (N, S, K)
@@ -296,10 +303,23 @@ def main(args):
             rectified=rectified.state_dict(), rectified_options=rectified.options, source_args=checkpoint["args"], updates=update,
         )  # fmt: skip
 
-    update, start_time = 0, time.time()
-    before, best = {part: mean_kl(part, Rectified(draw, "none")) for part in rows}, np.inf  # of the source's own dynamics
-    bar = tqdm(total=args.updates if optimizer else 0, unit="update", mininterval=1.0)
+    update, best, start_time = 0, np.inf, time.time()
+    before = {part: mean_kl(part, Rectified(draw, "none")) for part in rows}  # of the source's own dynamics
+    if saved:
+        rectified.load_state_dict(saved["rectified"])
+        draw.load_state_dict(saved["draw"])
+        if optimizer:
+            optimizer.load_state_dict(saved["optimizer"])
+        update, best = saved["update"], saved["best"]
+        restore_rng(saved["rng"])
+    interrupt.waits = True
+    bar = tqdm(total=args.updates if optimizer else 0, initial=update, unit="update", mininterval=1.0)
     while True:
+        if update % args.save_every == 0 or update == args.updates or interrupt.asked:
+            save_state(run_dir / "state.pt", args, logger, update=update, best=best, draw=draw.state_dict(), rectified=rectified.state_dict(),
+                       optimizer=optimizer.state_dict() if optimizer else None)  # fmt: skip
+            if interrupt.asked:
+                interrupt.stop(f"saved after {update} updates")
         if update % args.log_every == 0 or update == args.updates:
             kl = {part: mean_kl(part) for part in rows}
             logger.log(update, {f"adapt/kl_{part}": v for part, v in kl.items()})
@@ -309,15 +329,19 @@ def main(args):
                 save("best.pt")
         if optimizer is None or update == args.updates:
             break
-        kl_t, mask = loss_of("train", np.random.randint(0, len(rows["train"]) - args.length + 1, args.batch))
+        sequences = np.random.randint(0, len(rows["train"]) - args.length + 1, args.batch)
+        kl_t, mask = loss_of("train", sequences)
         loss = kl_t.sum() / mask.sum().clamp(min=1)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1000.0)
+        norm = nn.utils.clip_grad_norm_(trained, 1000.0)
+        stop_if_diverged(run_dir, update, {"kl": loss, "gradient": norm}, rows=torch.from_numpy(rows["train"][sequences]),
+                         draw=draw.state_dict, rectified=rectified.state_dict, optimizer=optimizer.state_dict)  # fmt: skip
         optimizer.step()
         update += 1
         bar.update()
     bar.close()
+    interrupt.waits = False
     save("last.pt")
     logger.close()
     n_episodes = int(dataset["is_first"].sum())

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional, Tuple
 
-import imageio
 import numpy as np
 import torch
 import tyro
@@ -37,9 +36,9 @@ from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, Critic, Logger, Policy, Sizes, UserError, check_positive, check_sizes, load_checkpoint, load_dataset,
-                    load_draw, make_envs, pick_device, sample_onehot, save_checkpoint, seed_everything, softmax, twohot_log_prob,
-                    twohot_mean, write_atomically)  # fmt: skip
+from common import (Actor, Critic, Interrupt, Logger, Policy, Sizes, UserError, check_positive, check_sizes, load_checkpoint, load_dataset,
+                    load_draw, load_state, make_envs, pick_device, restore_rng, sample_onehot, save_checkpoint, save_state, seed_everything, softmax,
+                    stop_if_diverged, twohot_log_prob, twohot_mean, write_atomically)  # fmt: skip
 from redraw_adapt import encode_dataset, load_rectified
 
 
@@ -55,7 +54,11 @@ class Args:
     run_dir: Optional[str] = None
     """folder for everything this run writes (default: runs/policy-SEED)"""
     overwrite: bool = False
-    """write into a folder that holds a run already"""
+    """start anew in a folder that holds a run already"""
+    resume: bool = False
+    """go on from the last save of the run in run_dir, given the same flags; without one, start"""
+    save_every: int = 1000
+    """updates between two saves"""
     seed: int = 1
     device: str = "auto"
     """auto, cpu or cuda"""
@@ -124,13 +127,14 @@ def mean_and_interval(returns):
 
 
 def main(args):
-    check_positive(args, "updates", "batch", "length", "horizon", "return_floor", "log_every")
+    check_positive(args, "updates", "batch", "length", "horizon", "return_floor", "log_every", "save_every")
     if args.lr < 0:
         raise UserError(f"--lr can't be negative, it is {args.lr}")
     if not 0 <= args.rewarded <= 1:
         raise UserError(f"--rewarded is a share from 0 to 1, it is {args.rewarded}")
     if args.eval_episodes < 2:
         raise UserError("--eval-episodes must be at least 2, for an interval")
+    interrupt = Interrupt()
     seed_everything(args.seed)
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint, ("draw_pretrain", "redraw_adapt"), device)
@@ -147,7 +151,8 @@ def main(args):
     draw = load_draw(checkpoint, device)
     rectified = load_rectified(checkpoint, draw, device)
     run_dir = Path(args.run_dir or f"runs/policy-{args.seed}")
-    logger = Logger(run_dir, args, args.track, args.overwrite)
+    saved = load_state(run_dir / "state.pt", args, device) if args.resume else None
+    logger = Logger(run_dir, args, saved)
 
     # The encoder is frozen: each frame is encoded once, and no update touches an image.
     posterior = encode_dataset(draw, dataset, device)  # log q(z_t | x_t), (N, S, K)
@@ -162,13 +167,24 @@ def main(args):
     # Actor and critic start from scratch.
     actor, critic, slow_critic = Actor(sizes).to(device), Critic(sizes).to(device), Critic(sizes).to(device)
     slow_critic.load_state_dict(critic.state_dict())
-    policy = Policy.of(draw, actor)
+    policy = Policy(sizes, draw, actor)
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.lr, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.lr, eps=1e-5, fused=True)
     range_ema = torch.zeros((), device=device)
 
-    start_time = time.time()
-    bar = tqdm(range(1, args.updates + 1), unit="update", mininterval=1.0)
+    modules = {"actor": actor, "critic": critic, "slow_critic": slow_critic, "actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+
+    def weights():  # all that an update changes
+        return {name: module.state_dict() for name, module in modules.items()} | {"range_ema": range_ema}
+
+    begin, start_time = 0, time.time()
+    if saved:
+        for name, module in modules.items():
+            module.load_state_dict(saved[name])
+        range_ema, begin = saved["range_ema"], saved["update"]
+        restore_rng(saved["rng"])
+    interrupt.waits = True
+    bar = tqdm(range(begin + 1, args.updates + 1), initial=begin, total=args.updates, unit="update", mininterval=1.0)
     for update in bar:
         # Starts: posterior states (z, sigma) of replayed sequences; sigma is the rectified belief.
         with torch.no_grad():
@@ -207,8 +223,8 @@ def main(args):
             returns.insert(0, R)
         returns = torch.stack(returns)  # (H, B*T): R_0 .. R_{H-1}
         p5, p95 = torch.quantile(returns.detach().flatten(), torch.tensor([0.05, 0.95], device=device))
-        range_ema = 0.99 * range_ema + 0.01 * (p95 - p5)
-        scale = range_ema.clamp(min=args.return_floor)
+        new_range = 0.99 * range_ema + 0.01 * (p95 - p5)
+        scale = new_range.clamp(min=args.return_floor)
 
         # Actor.
         pi = actor(zs[:-1].detach())
@@ -220,8 +236,7 @@ def main(args):
         actor_loss = -(weight * (objective + args.entropy * entropy)).mean()
         actor_optimizer.zero_grad()
         actor_loss.backward(inputs=list(actor.parameters()), retain_graph=args.actor_grad == "dynamics")
-        nn.utils.clip_grad_norm_(actor.parameters(), 100.0)
-        actor_optimizer.step()
+        actor_norm = nn.utils.clip_grad_norm_(actor.parameters(), 100.0)
 
         # Critic.
         with torch.no_grad():
@@ -229,8 +244,14 @@ def main(args):
         critic_loss = -(weight * (twohot_log_prob(logits[:-1], returns.detach()) + twohot_log_prob(logits[:-1], slow_value))).mean()
         critic_optimizer.zero_grad()
         critic_loss.backward(inputs=list(critic.parameters()))
-        nn.utils.clip_grad_norm_(critic.parameters(), 100.0)
+        critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), 100.0)
+
+        # Step, unless something is NaN or infinite.
+        terms = {"reward": reward, "critic": value, "actor_loss": actor_loss, "critic_loss": critic_loss, "gradient": actor_norm + critic_norm}
+        stop_if_diverged(run_dir, update - 1, terms, rows=t, z=zs[0], weights=weights)
+        actor_optimizer.step()
         critic_optimizer.step()
+        range_ema = new_range
         with torch.no_grad():
             for slow, fast in zip(slow_critic.parameters(), critic.parameters()):
                 slow.lerp_(fast, 0.02)
@@ -241,6 +262,10 @@ def main(args):
                 "policy/scale": scale, "policy/actor_loss": actor_loss, "policy/critic_loss": critic_loss,
             }  # fmt: skip
             shown = logger.log(update, metrics)
+            logger.warn(shown["policy/entropy"] < -0.8 * sizes.action_size, "the policy's entropy is at its floor: it has stopped exploring; try a larger "
+                        "--entropy or --return-floor, or a smaller --lr")  # the actor's smallest deviation, 0.1, has an entropy of -0.88 per action
+            logger.warn(shown["policy/scale"] > max(args.return_floor, 4 * float(reward.abs().max()) / (1 - args.gamma)), "the returns spread wider than the "
+                        "rewards allow: the critic is running away; try a smaller --lr")  # fmt: skip
             bar.set_postfix_str(
                 f"imagined return {shown['policy/imagined_return']:.1f} reward {shown['policy/imagined_reward']:.3f} "
                 f"entropy {shown['policy/entropy']:.2f}"
@@ -251,6 +276,12 @@ def main(args):
                 logger.log(update, {f"eval/{env_id}": returns.mean()})
                 bar.write(f"update {update}: {env_id} return {returns.mean():.1f}")
 
+        if update % args.save_every == 0 or update == args.updates or interrupt.asked:
+            save_state(run_dir / "state.pt", args, logger, update=update, **weights())
+            if interrupt.asked:
+                interrupt.stop(f"saved after {update} updates")
+
+    interrupt.waits = False
     save_checkpoint(run_dir / "policy.pt", stage="train_policy", args=dataclasses.asdict(args), sizes=checkpoint["sizes"], policy=policy.state_dict())
     print(f"wrote {run_dir}/policy.pt after {time.time() - start_time:.0f} s")
     results = {}
@@ -259,7 +290,7 @@ def main(args):
         mean, half = mean_and_interval(returns)
         results[env_id] = {"mean": mean, "ci95": half, "returns": returns.tolist()}
         logger.log(args.updates, {f"eval/{env_id}": mean})
-        imageio.mimsave(run_dir / f"{env_id.split('/')[-1].split(':')[-1]}.gif", [f.repeat(4, 0).repeat(4, 1) for f in frames[::2]], duration=80, loop=0)
+        logger.video(args.updates, env_id.split("/")[-1].split(":")[-1], frames[::2].repeat(4, 1).repeat(4, 2))
         print(f"{env_id}: return {mean:.1f} +- {half:.1f} (95 % interval, {args.eval_episodes} episodes)")
     write_atomically(run_dir / "eval.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
     logger.close()

@@ -193,7 +193,7 @@ def test_mean_and_interval():
 def test_held_noise_holds():
     action, changes = np.zeros((500, 2), np.float32), 0
     for _ in range(40):
-        new = held_noise(action, hold=8.0)
+        new = held_noise(action, hold=8.0, gain=1.0)
         assert new.dtype == np.float32 and np.abs(new).max() <= 1
         changed = new != action
         assert (changed[:, 0] == changed[:, 1]).all()  # all of an action is drawn anew, or nothing
@@ -201,3 +201,5 @@ def test_held_noise_holds():
         action = new
     assert changes / 40 == pytest.approx(1 / 8, rel=0.1)
     assert action.std() == pytest.approx(1 / 3**0.5, rel=0.05)  # uniform in [-1, 1]
+    full = np.abs(held_noise(action, hold=1.0, gain=2.0)) == 1
+    assert full.mean() == pytest.approx(0.5, abs=0.06)  # half of the draws on a bound

@@ -44,7 +44,7 @@ def test_shapes(image_size):
     ensemble = Ensemble(sizes, draw.encoder.embed_size, members=4, target=7)
     assert ensemble(u, z, action).shape == (4, B, T, 7) and ensemble.disagreement(u, z, action).shape == (B, T)
     assert Ensemble(sizes, 30, members=2, target=0)(u, z, action).shape == (2, B, T, 30)
-    actions = Policy.of(draw, Actor(sizes))(image[:, 0].numpy(), vector[:, 0].numpy())
+    actions = Policy(sizes, draw, Actor(sizes))(image[:, 0].numpy(), vector[:, 0].numpy())
     assert actions.shape == (B, 2) and actions.dtype == np.float32 and np.abs(actions).max() <= 1
 
 
@@ -198,12 +198,12 @@ def test_ensemble_disagrees_only_where_its_members_differ():
 
 def policy_and_observations():
     rows = random_rows(50)
-    return Policy.of(DRAW(TINY), Actor(TINY)), (rows["image"], rows["vector"])
+    return Policy(TINY, DRAW(TINY), Actor(TINY)), (rows["image"], rows["vector"])
 
 
 def test_policy_shares_the_weights_of_its_parts():
     draw, actor = DRAW(TINY), Actor(TINY)
-    policy = Policy.of(draw, actor)
+    policy = Policy(TINY, draw, actor)
     shared = {id(p) for module in (draw.encoder, draw.posterior_net, actor) for p in module.parameters()}
     assert {id(p) for p in policy.parameters()} == shared
     nn.init.constant_(actor.net[-1].bias, 20.0)  # mean 1 with deviation 1: what is learned later acts at once
