@@ -24,6 +24,10 @@ BIGGER = --cnn-depth 16 --units 256 --vector-scale 200 --train-every 2.4
 STAGE1_cup = $(BIGGER)
 STAGE1_finger = $(BIGGER)
 STAGE1_reacher = $(BIGGER)
+# More flags for all runs of a stage, e.g. make demo STAGE3="--updates 6000"
+STAGE1 = $(STAGE1_$(PAIR))
+STAGE2 =
+STAGE3 =
 SOURCE = $(SOURCE_$(PAIR))
 TARGET = $(TARGET_$(PAIR))
 ifeq ($(SOURCE),)
@@ -58,8 +62,8 @@ test: .venv/installed
 test-duckiebot: .venv/duckietown
 	$(PY) -m pytest tests/test_deploy.py tests/test_duckietown.py -q
 
-# Each stage is made once: an interrupted `make demo` goes on with the first stage that is not done. The ceiling is
-# trained beside the rest, one thread each, and writes what it has to say into target.log.
+# Each stage is made once: an interrupted `make demo` goes on from its stages' last saves. The ceiling is trained beside the
+# rest, one thread each, and writes what it has to say into target.log.
 demo: export OMP_NUM_THREADS ?= 1
 demo: .venv/installed
 	@$(MAKE) --no-print-directory -j2 $(RUNS)/adapted-policy/done $(RUNS)/target-policy/done
@@ -67,33 +71,33 @@ demo: .venv/installed
 
 # stage 1: the world model, in the source
 $(RUNS)/source/done: | .venv/installed
-	$(PY) draw_pretrain.py laptop $(STAGE1_$(PAIR)) --env-id $(SOURCE) --seed $(SEED) --run-dir $(RUNS)/source --overwrite
+	$(PY) draw_pretrain.py laptop $(STAGE1) --env-id $(SOURCE) --seed $(SEED) --run-dir $(RUNS)/source --resume
 	@touch $@
 # stage 3: a policy for the source, evaluated there and, zero-shot, in the target
 $(RUNS)/source-policy/done: $(RUNS)/source/done
-	$(PY) train_policy.py laptop --checkpoint $(RUNS)/source/draw.pt --dataset $(RUNS)/source/replay \
-		--eval-env-ids $(SOURCE) $(TARGET) --seed $(SEED) --run-dir $(RUNS)/source-policy --overwrite
+	$(PY) train_policy.py laptop $(STAGE3) --checkpoint $(RUNS)/source/draw.pt --dataset $(RUNS)/source/replay \
+		--eval-env-ids $(SOURCE) $(TARGET) --seed $(SEED) --run-dir $(RUNS)/source-policy --resume
 	@touch $@
 # stage 2: the residual, from target data without rewards (after the source's policy, so that no more than two trainings share the cores)
 $(RUNS)/adapted/done: $(RUNS)/source/done | $(RUNS)/source-policy/done
-	$(PY) redraw_adapt.py laptop --checkpoint $(RUNS)/source/draw.pt --target-env-id $(TARGET) \
-		--seed $(SEED) --run-dir $(RUNS)/adapted --overwrite
+	$(PY) redraw_adapt.py laptop $(STAGE2) --checkpoint $(RUNS)/source/draw.pt --target-env-id $(TARGET) \
+		--seed $(SEED) --run-dir $(RUNS)/adapted --resume
 	@touch $@
 # stage 3: a policy for the target, in the rectified imagination
 $(RUNS)/adapted-policy/done: $(RUNS)/adapted/done
-	$(PY) train_policy.py laptop --checkpoint $(RUNS)/adapted/best.pt --dataset $(RUNS)/adapted/dataset.npz \
-		--eval-env-ids $(TARGET) --seed $(SEED) --run-dir $(RUNS)/adapted-policy --overwrite
+	$(PY) train_policy.py laptop $(STAGE3) --checkpoint $(RUNS)/adapted/best.pt --dataset $(RUNS)/adapted/dataset.npz \
+		--eval-env-ids $(TARGET) --seed $(SEED) --run-dir $(RUNS)/adapted-policy --resume
 	@touch $@
 # the ceiling: world model and policy trained in the target itself, with the same budget
 LOG = $(RUNS)/target.log
 $(RUNS)/target/done: | .venv/installed
 	@mkdir -p $(RUNS)
-	$(PY) draw_pretrain.py laptop $(STAGE1_$(PAIR)) --env-id $(TARGET) --seed $(SEED) --run-dir $(RUNS)/target --overwrite \
+	$(PY) draw_pretrain.py laptop $(STAGE1) --env-id $(TARGET) --seed $(SEED) --run-dir $(RUNS)/target --resume \
 		> $(LOG) 2>&1 || { tail -n 1 $(LOG) >&2; exit 1; }
 	@touch $@
 $(RUNS)/target-policy/done: $(RUNS)/target/done
-	$(PY) train_policy.py laptop --checkpoint $(RUNS)/target/draw.pt --dataset $(RUNS)/target/replay \
-		--eval-env-ids $(TARGET) --seed $(SEED) --run-dir $(RUNS)/target-policy --overwrite \
+	$(PY) train_policy.py laptop $(STAGE3) --checkpoint $(RUNS)/target/draw.pt --dataset $(RUNS)/target/replay \
+		--eval-env-ids $(TARGET) --seed $(SEED) --run-dir $(RUNS)/target-policy --resume \
 		>> $(LOG) 2>&1 || { tail -n 1 $(LOG) >&2; exit 1; }
 	@touch $@
 
@@ -117,15 +121,15 @@ duckietown-install: .venv/duckietown
 TOWN = runs/duckietown-$(SEED)
 TOWN_SOURCE = deploy_duckiebot:redraw/Duckietown-v0
 $(TOWN)/source/done: | .venv/duckietown
-	$(PY) draw_pretrain.py laptop --env-id $(TOWN_SOURCE) --seed $(SEED) --run-dir $(TOWN)/source --overwrite
+	$(PY) draw_pretrain.py laptop --env-id $(TOWN_SOURCE) --seed $(SEED) --run-dir $(TOWN)/source --resume
 	@touch $@
 $(TOWN)/target.npz: | .venv/duckietown
 	$(PY) deploy_duckiebot.py --env-id redraw/DuckietownReversed-v0 --drive random --max-seconds 1000 --image-size 32 --record $@
 $(TOWN)/adapted/done: $(TOWN)/source/done $(TOWN)/target.npz
-	$(PY) redraw_adapt.py laptop --checkpoint $(TOWN)/source/draw.pt --dataset $(TOWN)/target.npz --seed $(SEED) --run-dir $(TOWN)/adapted --overwrite
+	$(PY) redraw_adapt.py laptop --checkpoint $(TOWN)/source/draw.pt --dataset $(TOWN)/target.npz --seed $(SEED) --run-dir $(TOWN)/adapted --resume
 	@touch $@
 $(TOWN)/policy/done: $(TOWN)/adapted/done
-	$(PY) train_policy.py laptop --checkpoint $(TOWN)/adapted/best.pt --dataset $(TOWN)/target.npz --seed $(SEED) --run-dir $(TOWN)/policy --overwrite
+	$(PY) train_policy.py laptop --checkpoint $(TOWN)/adapted/best.pt --dataset $(TOWN)/target.npz --seed $(SEED) --run-dir $(TOWN)/policy --resume
 	@touch $@
 duckietown: $(TOWN)/policy/done
 	$(PY) deploy_duckiebot.py --env-id redraw/DuckietownReversed-v0 --checkpoint $(TOWN)/policy/policy.pt --max-seconds 200

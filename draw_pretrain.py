@@ -381,7 +381,7 @@ def pictures(draw, ensemble, replay, logger, step, device, T=40):
     """prediction.gif: four episodes; reality, reconstruction, and the open-loop prediction from the first frame and the actions.
     disagreement.gif, which does not move: the frames that the ensemble knows least, and below the ones that it knows best."""
     order = (replay.added - len(replay) + np.arange(len(replay))) % replay.length  # rows of the ring, oldest first
-    begins = np.flatnonzero(replay.data["is_first"][0, order])
+    begins = np.union1d(0, np.flatnonzero(replay.data["is_first"][0, order]))
     lengths = np.diff(begins, append=len(order))
     T = min(T, lengths.max())
     rows = order[begins[lengths >= T][-4:, None] + np.arange(T)]  # (4, T), of the first environment
