@@ -217,6 +217,13 @@ class Replay:
             self.full |= {name} if len(rows) == R else set()
 
 
+def reconstruction_errors(draw, z, image, vector):
+    """Of the observation predicted from z (..., S, K) alone: image and vector, each (...). Squared errors, the vector's of symlog: a
+    unit-variance Gaussian's log-likelihood up to a factor, so they are summed over pixels and over V."""
+    image_error = ((draw.decoder(z.flatten(-2)) - image.float() / 255.0) ** 2).sum((-3, -2, -1))
+    return image_error, ((draw.vector_head(z.flatten(-2)) - symlog(vector)) ** 2).sum(-1)
+
+
 def world_model_loss(draw, data, args, soft):
     """The loss of DRAW on replayed sequences.
 
@@ -235,10 +242,8 @@ def world_model_loss(draw, data, args, soft):
     u = draw.observe(z, data["action"], first)  # (B, T, S, K)
     p = unimix(u)  # log p(z_t | ...)
 
-    # Reconstructions from z_t alone. Image and vector: squared error; it is a unit-variance
-    # Gaussian's log-likelihood up to a factor, so it is summed over pixels.
-    image = ((draw.decoder(z.flatten(-2)) - data["image"].float() / 255.0) ** 2).sum((-3, -2, -1))  # (B, T)
-    vector = ((draw.vector_head(z.flatten(-2)) - symlog(data["vector"])) ** 2).sum(-1)  # (B, T)
+    # Reconstructions from z_t alone
+    image, vector = reconstruction_errors(draw, z, data["image"], data["vector"])  # (B, T) each
     reward = -twohot_log_prob(draw.reward_head(z.flatten(-2)), data["reward"])  # (B, T), of arriving at x_t
     cont = F.binary_cross_entropy_with_logits(draw.continue_head(z.flatten(-2)).squeeze(-1), 1.0 - data["is_terminal"].float(), reduction="none")
     # KL balancing with free bits. The first step of a sequence has no cause to be predicted from.
@@ -253,6 +258,29 @@ def world_model_loss(draw, data, args, soft):
         "world_model/posterior_entropy": -(q.exp() * q).sum((-2, -1)).mean(),
     }  # fmt: skip
     return loss, metrics, (embed.detach(), z.detach(), softmax(u).detach())
+
+
+@torch.no_grad()
+def source_range(draw, batches):
+    """How a world model does at home: the yardstick for the target's data in stage 2, which then needs no source data.
+
+    Args:
+        batches: replayed sequences, dicts of tensors (B, T, ...). The model was trained on them; a model that knows them by heart
+            would make the yardstick too strict, but every stage-1 run sees a sequence only some tens of times.
+    Returns:
+        dict of plain numbers: "kl", KL(q || p) per step in nats, first steps left out; and the 1, 50 and 99 % quantiles over frames
+        of "image error" and "vector error", of the reconstruction, and of "posterior entropy", in nats.
+    """
+    kls, frames = [], []
+    for data in batches:
+        q = draw.posterior(draw.encoder(data["image"], data["vector"]))
+        z = sample_onehot(q.exp())
+        kl = kl_categorical(q, unimix(draw.observe(z, data["action"], data["is_first"])))  # (B, T)
+        kls.append(kl[:, 1:][~data["is_first"][:, 1:]])
+        errors = reconstruction_errors(draw, z, data["image"], data["vector"])
+        frames.append(torch.stack([*errors, -(q.exp() * q).sum((-2, -1))]).flatten(1))  # (3, B*T)
+    quantiles = torch.quantile(torch.cat(frames, 1), torch.tensor([0.01, 0.5, 0.99], device=q.device), dim=1)  # (3 quantiles, 3)
+    return {"kl": torch.cat(kls).mean().item()} | dict(zip(("image error", "vector error", "posterior entropy"), quantiles.T.tolist()))
 
 
 class Ensemble(nn.Module):
@@ -453,7 +481,7 @@ def main(args):
     def check(terms, batch):
         stop_if_diverged(run_dir, updates, terms, batch=batch, weights=weights)
 
-    def save(step):
+    def save(step, **more):
         files = replay.save(run_dir / "replay")  # first the rows, then the state that counts on them, then what nobody needs any more
         save_state(run_dir / "state.pt", args, logger, step=step, update=updates, finished=finished, policy_metrics=policy_metrics,
                    action=torch.from_numpy(action), replay_files=files, replay_added=replay.added, **weights())  # fmt: skip
@@ -462,7 +490,7 @@ def main(args):
                 old.unlink()
         save_checkpoint(
             run_dir / "draw.pt", stage="draw_pretrain", args=dataclasses.asdict(args), sizes=dataclasses.asdict(sizes), draw=draw.state_dict(),
-            task_actor=task.actor.state_dict(), explore_actor=explore.actor.state_dict(), updates=updates,
+            task_actor=task.actor.state_dict(), explore_actor=explore.actor.state_dict(), updates=updates, **more,
         )  # fmt: skip
 
     total_updates = int((args.steps - args.prefill) / args.train_every)
@@ -566,8 +594,10 @@ def main(args):
                 interrupt.stop(f"saved after {step + args.n_envs} steps")
     bar.close()
     envs.close()
+    seed_everything(args.seed)  # a run that is resumed here ends with the same pictures and figures
     pictures(draw, ensemble, replay, logger, updates, device)
-    save(args.steps)
+    n = min(4096, len(replay) * args.n_envs) // (args.batch * args.length) + 1
+    save(args.steps, source_range=source_range(draw, (replay.sample(args.batch, args.length, device) for _ in range(n))))
     logger.close()
     print(f"wrote {run_dir}/draw.pt and {run_dir}/replay after {time.time() - start:.0f} s")
 

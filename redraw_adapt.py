@@ -20,20 +20,24 @@ Next: train_policy.py.
 
 import dataclasses
 import json
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
+import imageio
 import numpy as np
 import torch
 import tyro
+from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
 from common import (Actor, Interrupt, Logger, Policy, Sizes, UserError, check_positive, check_sizes, held_noise, kl_categorical, load_checkpoint,
                     load_dataset, load_draw, load_policy, load_state, make_envs, mix, mlp, pick_device, restore_rng, sample_onehot,
-                    save_checkpoint, save_dataset, save_state, seed_everything, stop_if_diverged, unimix, write_atomically)  # fmt: skip
+                    save_checkpoint, save_dataset, save_state, seed_everything, softmax, stop_if_diverged, unimix, write_atomically)  # fmt: skip
+from draw_pretrain import reconstruction_errors
 
 
 @dataclass
@@ -230,6 +234,152 @@ def split_episodes(is_first, holdout, length, seed):
     return rows
 
 
+# ---- How did it go? ------------------------------------------------------------------------------
+
+HORIZONS = 1, 5, 15, 40  # steps ahead at which the open-loop error is told
+PLATEAU = 1.4  # held-out KL that is so many times the source's own: the residual does not follow the shift
+DRIFT = 0.1  # share of the target's frames beyond the source's 1 or 99 % quantile, at home 0.01 at each end: they look different
+
+
+def windows(rows, is_first, most=64):
+    """Stretches of one episode each, (n, H + 1) row numbers, H = 40 or as far as the longest episode among `rows` goes; n <= most."""
+    episodes = np.split(rows, np.flatnonzero(is_first[rows])[1:])
+    H = min(HORIZONS[-1], max(map(len, episodes)) - 1)
+    cut = [e[i : i + H + 1] for e in episodes for i in range(0, len(e) - H, H + 1)]
+    return np.stack(cut[:: -(-len(cut) // most)])
+
+
+def open_loop(draw, dynamics, z, action):
+    """One sampled rollout: sees the first frame alone, then follows the actions that were really taken.
+
+    Args:
+        dynamics: a Rectified.
+        z: (n, S, K), sampled from the posterior of x_0.   action: (n, H, A), a_0 .. a_{H-1}.
+    Returns:
+        z_0 .. z_H, (n, H + 1, S, K).
+    """
+    z_before, sigma_before = draw.initial(len(z))
+    sigma, zs = softmax(dynamics(z_before, sigma_before, torch.zeros_like(action[:, 0]))), [z]  # sigma_0, as in DRAW.observe
+    for a in action.unbind(1):
+        sigma = softmax(dynamics(zs[-1], sigma, a))
+        zs.append(sample_onehot(dynamics.prior(sigma)))
+    return torch.stack(zs, 1)
+
+
+def where_it_acts(draw, base, rectified, z, action):
+    """KL( softmax(f) || softmax(f + e) ) of each latent variable, mean nats per step, (S,), along observed sequences z (n, T, S, K),
+    action (n, T, A), without their first steps."""
+    moved = []
+
+    def dynamics(z, sigma, a):
+        u = rectified(z, sigma, a)
+        logp, logq = base(z, sigma, a).log_softmax(-1), u.log_softmax(-1)  # (n, S, K), from the same belief
+        moved.append((logp.exp() * (logp - logq)).sum(-1))
+        return u
+
+    draw.observe(z, action, torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device), dynamics)
+    return torch.stack(moved[1:]).mean((0, 1))
+
+
+@torch.random.fork_rng()
+@torch.no_grad()
+def diagnose(draw, base, rectified, dataset, posterior, held_out, source, rollouts=4):
+    """Measures all of the report but the KL; the same figures for the same weights, and nobody's random numbers are touched.
+
+    Args:
+        base, rectified: the dynamics before and after, each a Rectified.
+        dataset, posterior: all rows, and log q(z_t | x_t) of them, (N, S, K).   held_out: row numbers.
+        source: what draw_pretrain.source_range returned, or None.
+        rollouts: per window. The open-loop error is that of single rollouts, averaged; not that of their mean.
+    Returns:
+        dict of plain figures, and frames in [0, 1], (3, n, H + 1, L, L, 3): n windows real, base, rectified.
+    """
+    torch.manual_seed(0)
+    device, t = posterior.device, windows(held_out, dataset["is_first"])  # (n, H + 1)
+    image, vector, action = (torch.from_numpy(dataset[k][t]).to(device) for k in ("image", "vector", "action"))
+    z = sample_onehot(posterior[torch.from_numpy(t)].exp())  # (n, H + 1, S, K)
+    steps = sorted({min(h, t.shape[1] - 1) for h in HORIZONS})
+    figures = {"acts": where_it_acts(draw, base, rectified, z, action).tolist(), "windows": len(t), "steps": steps, "open_loop": {}, "frames": {}}
+    shown = image.float().diff(dim=1).abs().mean((1, 2, 3, 4)).argsort(descending=True)[:4]  # where the real picture moves most
+    film = [image[shown].float() / 255.0]
+    for name, dynamics in (("base", base), ("rectified", rectified)):
+        errors, _ = [], torch.manual_seed(0)  # the same chances for both
+        for _ in range(rollouts):
+            zs = open_loop(draw, dynamics, z[:, 0], action[:, :-1])
+            errors.append(torch.stack(reconstruction_errors(draw, zs, image, vector)).mean(1)[:, steps])  # (2, steps)
+        figures["open_loop"][name] = dict(zip(("image error", "vector error"), torch.stack(errors).mean(0).tolist()))
+        film.append(draw.decoder(zs[shown].flatten(-2)))  # the last rollout
+
+    # Does the model know the target's frames? Of all episodes: neither encoder nor heads were trained on any of them.
+    some, frames = np.linspace(0, len(posterior) - 1, min(4096, len(posterior))).astype(int), []
+    for part in np.array_split(some, -(-len(some) // 512)):
+        q = posterior[torch.from_numpy(part)]
+        errors = reconstruction_errors(draw, sample_onehot(q.exp()), *(torch.from_numpy(dataset[k][part]).to(device) for k in ("image", "vector")))
+        frames.append(torch.stack([*errors, -(q.exp() * q).sum((-2, -1))]))  # (3, rows)
+    for name, value in zip(("image error", "vector error", "posterior entropy"), torch.cat(frames, 1).cpu()):
+        outside = {"below": value < source[name][0], "above": value > source[name][2]} if source else {}
+        figures["frames"][name] = {"median": value.median().item()} | {k: v.float().mean().item() for k, v in outside.items()}
+    return figures, torch.stack(film)
+
+
+def verdicts(figures, method):
+    """The figures in words: a sentence for each failure that was found, or one that says that there is none."""
+    source, train, held_out = figures["source"], figures["last"]["train"], figures["best"]["held-out"]
+    if not source:
+        return ["NO VERDICT: this draw.pt is of an unfinished or older stage 1 and holds no figures of the source to compare with."]
+    found, limit, kl = [], PLATEAU * source["kl"], f"held-out KL is {held_out / source['kl']:.2f} times the source's"
+    # An error that is smaller than at home is no harm, an unusually certain posterior is suspect.
+    outside = {k: max(v["above"], v["below"] if k == "posterior entropy" else 0.0) for k, v in figures["frames"].items()}
+    if drifted := [f"{k} in {v:.0%}" for k, v in outside.items() if v > DRIFT]:
+        mild = held_out <= limit and outside["posterior entropy"] <= DRIFT
+        well = "Here the latents hardly suffer: entropy and KL are like the source's. " if mild else ""
+        found.append(f"VISUAL DRIFT: outside the source's range are {', '.join(drifted)} of the target's frames. A residual corrects the dynamics, "
+                     f"not what the encoder misreads. {well}Try: camera, light, colours and the vector's units as in the source; stage 1 anew with such "
+                     "looks varied; or, if the target goes where the source never was, another --collect in stage 1.")  # fmt: skip
+    if not held_out <= limit:
+        advice = "larger --hidden, --layers 2, --use-sigma, more --updates" if method == "residual" else "--method residual, or more --updates"
+        cause = f"and train KL stayed above it too. Try: {advice}" if train > limit else "train KL is not: overfitted. Try: more target data, smaller --hidden"
+        cause = "which the drift alone can cause: mend that first" if drifted else cause
+        found.append(f"CAPACITY PLATEAU: {kl}, more than {PLATEAU}, {cause}.")
+    return found or [f"HEALTHY: {kl}, less than {PLATEAU}, and the frames look like the source's."]
+
+
+def report(figures, method):
+    """The figures as a page of text"""
+    source, steps, acts = figures["source"], figures["steps"], np.array(figures["acts"])
+    order, total = acts.argsort()[::-1], acts.sum()
+    holders = (acts[order].cumsum() < 0.9 * total).sum() + 1 if total > 0 else 0
+
+    def row(name, *values):
+        return f"{name:40s}" + "".join(f"{v:>10.3f}" if isinstance(v, float) else f"{v:>10}" for v in values)
+
+    lines = [
+        f"{method}, {figures['episodes']} episodes, {figures['rows']} rows of target data; best.pt, of update {figures['update']}",
+        row("KL(q || p), nats a step", "base", "rectified", *["source"] * bool(source)),
+        *(row(f"  {part}", figures["before"][part], kl, *([source["kl"]] if source else [])) for part, kl in figures["best"].items()),
+        row("where it acts: KL(base || rectified)", total, f"   {holders} of {len(acts)} variables hold 90 % of it"),
+        "  most in variable " + ", ".join(f"{i} ({acts[i] / max(total, 1e-9):.0%})" for i in order[:5]),
+        row(f"open loop, {figures['windows']} held-out sequences; steps", *steps),
+        *(row(f"  {k}, {name}", *error[k]) for k in ("image error", "vector error") for name, error in figures["open_loop"].items()),
+        row("frames of the target", "median", *("source 1%", "50%", "99%", "below", "above") * bool(source)),
+        *(row(f"  {k}", v["median"], *(source[k] + [v["below"], v["above"]] if source else [])) for k, v in figures["frames"].items()),
+    ]
+    return "\n".join(lines + [textwrap.fill(v, 120, subsequent_indent="  ") for v in verdicts(figures, method)]) + "\n"
+
+
+def picture(frames):
+    """Real, base and rectified frames (3, n, L, L, 3) in [0, 1] -> one labelled row of n frames each, uint8 (height, width, 3)"""
+    n, L = frames.shape[1:3]
+    rows = (frames.clamp(0.0, 1.0) * 255.0).byte().cpu().numpy().repeat(-(-96 // L), 2).repeat(-(-96 // L), 3)
+    rows = np.pad(rows, ((0, 0), (0, 0), (2, 0), (2, 0), (0, 0)), constant_values=255)  # thin white lines
+    side = rows.shape[2]
+    canvas = Image.new("RGB", (64 + n * side, 3 * side), "white")
+    canvas.paste(Image.fromarray(rows.transpose(0, 2, 1, 3, 4).reshape(3 * side, n * side, 3)), (64, 0))
+    for i, name in enumerate(("real", "base", "rectified")):
+        ImageDraw.Draw(canvas).text((4, i * side + side // 2 - 6), name, "black")
+    return np.asarray(canvas)
+
+
 def main(args):
     if args.dataset is None and args.target_env_id is None:
         raise UserError("give --dataset, or --target-env-id to collect one")
@@ -343,14 +493,23 @@ def main(args):
     bar.close()
     interrupt.waits = False
     save("last.pt")
+
+    # How it went, of best.pt, which is what stage 3 is to be given
+    saved = load_checkpoint(run_dir / "best.pt", ("redraw_adapt",), device)
+    base, adapted = Rectified(load_draw(checkpoint, device)), load_rectified(saved, load_draw(saved, device), device)
+    figures = {"episodes": int(is_first.sum()), "rows": len(is_first), "update": saved["updates"], "source": checkpoint.get("source_range"),
+               "before": before, "last": kl, "best": {part: mean_kl(part, adapted) for part in rows}}  # fmt: skip
+    more, film = diagnose(draw, base, adapted, dataset, posterior, rows["held-out"], figures["source"])
+    figures |= more
+    figures["verdicts"] = verdicts(figures, args.method)
+    text = report(figures, args.method)
+    write_atomically(run_dir / "report.txt", lambda file: file.write(text.encode()))
+    write_atomically(run_dir / "result.json", lambda file: file.write(json.dumps(figures, indent=1).encode()))
+    logger.video(update, "prediction", np.stack([picture(film[:, :, t]) for t in range(film.shape[2])]), fps=8)
+    imageio.imwrite(run_dir / "prediction.png", picture(film[:, 0, ::5]))
     logger.close()
-    n_episodes = int(dataset["is_first"].sum())
-    result = {"episodes": n_episodes, "rows": len(dataset["is_first"]), "before": before, "last": kl, "best_held_out": best}
-    write_atomically(run_dir / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
-    print(f"{args.method}, {n_episodes} episodes, {result['rows']} rows. KL(q || p) per step in nats:")
-    print(f"  train     {before['train']:7.3f} -> {kl['train']:7.3f}")
-    print(f"  held-out  {before['held-out']:7.3f} -> {kl['held-out']:7.3f}   best {best:.3f}")
-    print(f"wrote {run_dir}/best.pt and last.pt after {time.time() - start_time:.0f} s")
+    print(text, end="")
+    print(f"wrote best.pt, last.pt, report.txt, prediction.gif and .png in {run_dir} after {time.time() - start_time:.0f} s")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ MUTATIONS = [
      'draw.reward_head(z.flatten(-2)), data["reward"].roll(-1, 1))', MODEL),
     ("a time limit counts as an end", STAGE_1, '1.0 - data["is_terminal"].float(), reduction', '1.0 - data["is_last"].float(), reduction', MODEL),
     ("prior without unimix", STAGE_1, "p = unimix(u)  #", "p = u.log_softmax(-1)  #", MODEL),
-    ("vector target without symlog", STAGE_1, '- symlog(data["vector"])', '- data["vector"]', MODEL),
+    ("vector target without symlog", STAGE_1, '- symlog(vector)', '- vector', MODEL),
     ("the ensemble predicts the present", STAGE_1, "embed[:, 1:] @ self.projection", "embed[:, :-1] @ self.projection", ENSEMBLE),
     ("the ensemble learns over borders", STAGE_1, "* ~is_first[:, 1:]).mean()", "* ~is_first[:, :-1]).mean()", ENSEMBLE),
     ("disagreement as a variance", STAGE_1, ".std(0).mean(-1)", ".var(0).mean(-1)", ENSEMBLE),

@@ -84,6 +84,7 @@ def test_pretraining_leaves_a_model_and_its_replay(project):
     folder, source, _ = project
     checkpoint = load_checkpoint(folder / "source" / "draw.pt", ("draw_pretrain",))
     assert checkpoint["updates"] == 50 and checkpoint["args"]["env_id"] == source and checkpoint["sizes"]["image_size"] == 16
+    assert checkpoint["source_range"]["kl"] == pytest.approx(metric(folder / "source", "world_model/kl")[-1], rel=0.5)
     data = load_dataset(folder / "source" / "replay")
     assert len(data["reward"]) == 600 and data["action"].std() > 0.1
     assert json.loads((folder / "source" / "args.json").read_text())["env_id"] == source
@@ -114,6 +115,8 @@ def test_adaptation_lowers_the_kl(project):
     assert len(train) == len(held_out) == 4 and train[-1] < 0.9 * train[0]
     best, last = (load_checkpoint(folder / name, ("redraw_adapt",)) for name in ("best.pt", "last.pt"))
     assert best["updates"] == 20 * int(np.argmin(held_out)) and last["updates"] == 60
+    result = json.loads((folder / "result.json").read_text())
+    assert result["best"]["held-out"] == pytest.approx(min(held_out), rel=1e-4) and result["source"] and "NO VERDICT" not in result["verdicts"][0]
 
 
 def test_policy_is_saved_and_evaluated(project):

@@ -71,7 +71,7 @@ def arrays(path):
         if torch.is_tensor(item):
             found.append(item.double().numpy())
         elif isinstance(item, dict):
-            todo += [v for k, v in sorted(item.items(), key=lambda kv: str(kv[0])) if k not in ("args", "source_args")]
+            todo += [v for k, v in sorted(item.items(), key=lambda kv: str(kv[0])) if k not in ("args", "source_args", "rng")]
         elif isinstance(item, (list, tuple)):
             todo += item
     return found
