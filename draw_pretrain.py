@@ -135,10 +135,10 @@ PRESETS = {
     "laptop": (
         "minutes on two CPU cores: 32x32 images, small networks, short episodes",
         Args(
-            save_every=4_000, steps=40_000, episode_steps=50, image_size=32, collect="mixed", prefill=16_000, hold=8.0,
+            save_every=4_000, steps=40_000, episode_steps=60, image_size=32, collect="mixed", prefill=16_000, hold=16.0,
             replay_size=200_000, S=64, K=4, cnn_depth=8, vector_units=128, vector_layers=2, units=128, actor_units=128, batch=32, length=8,
-            rewarded=0.25, train_every=5.0, lr=3e-3, warmup=100, decay=True, image_scale=300.0, vector_scale=400.0, reward_scale=50.0,
-            soft_updates=500, policy_start=2500, policy_every=4, explore_every=8, horizon=15, gamma=0.99, starts=128, actor_lr=5e-4,
+            rewarded=0.25, train_every=3.0, lr=3e-3, warmup=100, decay=True, image_scale=300.0, vector_scale=400.0, reward_scale=50.0,
+            soft_updates=500, policy_start=2500, policy_every=2, explore_every=8, horizon=15, gamma=0.99, starts=128, actor_lr=5e-4,
             return_floor=0.01, ensemble=5, ensemble_target=64,
         ),
     ),

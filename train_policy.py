@@ -92,8 +92,8 @@ class Args:
 PRESETS = {
     "laptop": (
         "minutes on two CPU cores",
-        Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING, updates=3000, batch=32, length=2, rewarded=0.05, horizon=30, gamma=0.99, lr=5e-4,
-             return_floor=0.01, eval_every=0, eval_episodes=20),
+        Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING, updates=4000, batch=64, length=2, horizon=15, gamma=0.99, lr=5e-4, return_floor=0.01,
+             eval_every=0, eval_episodes=40),
     ),  # fmt: skip
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING)),
 }
@@ -107,17 +107,20 @@ def evaluate(env_id, policy, episodes, seed, image_size=None):
     Returns:
         (returns float64 (episodes,), frames uint8 (T, L, L, 3) of the first episode)
     """
-    envs = make_envs(env_id, episodes, image_size)
-    obs, _ = envs.reset(seed=seed)
-    returns, running, frames = np.zeros(episodes), np.ones(episodes, bool), [obs["image"][0].copy()]
-    while running.any():
-        obs, reward, terminated, truncated, _ = envs.step(np.clip(policy(obs["image"], obs["vector"]), -1, 1))
-        returns += reward * running
-        if running[0]:
-            frames.append(obs["image"][0].copy())
-        running &= ~(terminated | truncated)
+    n = min(episodes, 20)  # side by side; each environment has a renderer of some 60 MB
+    envs, returns, frames = make_envs(env_id, n, image_size), [], []
+    while len(returns) < episodes:
+        obs, _ = envs.reset(seed=seed + len(returns))
+        total, running, first = np.zeros(n), np.ones(n, bool), not returns
+        while running.any():
+            if first and running[0]:
+                frames.append(obs["image"][0].copy())
+            obs, reward, terminated, truncated, _ = envs.step(np.clip(policy(obs["image"], obs["vector"]), -1, 1))
+            total += reward * running
+            running &= ~(terminated | truncated)
+        returns += total.tolist()
     envs.close()
-    return returns, np.stack(frames)
+    return np.array(returns[:episodes]), np.stack(frames)
 
 
 def mean_and_interval(returns):

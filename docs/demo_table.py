@@ -18,7 +18,7 @@ from common import make_envs
 from train_policy import evaluate, mean_and_interval
 
 
-def main(runs: Path, source: str, target: str, seed: int = 1, episodes: int = 20):
+def main(runs: Path, source: str, target: str, seed: int = 1, episodes: int = 40):
     """Args:
     runs: folder with source-policy, adapted-policy and target-policy
     source: source environment id
