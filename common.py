@@ -33,14 +33,10 @@ from tqdm import tqdm
 
 
 class UserError(SystemExit):
-    """A mistake that the user can mend, e.g. a missing file or an impossible flag.
-
-    As a SystemExit with a text it ends a script with that one line on stderr and exit status 1
-    instead of a traceback; code that imports this module can still catch it.
-    """
+    """A mistake that the user can mend: ends a script with this one line on stderr and exit status 1, without a traceback."""
 
     def __init__(self, message):
-        super().__init__(f"error: {message}")
+        super().__init__("error: " + " ".join(str(message).splitlines()))
 
 
 # ---- Environments --------------------------------------------------------------------------------
@@ -60,7 +56,7 @@ class DMCEnv(gym.Env):
         reverse_actions: apply -a instead of a.
         wrench: (body, (fx, fy, fz, tx, ty, tz)): a constant external force in N and torque in N·m
             on that body, in world coordinates.
-        image_size: 64, or any power of two; below 64 the 64-pixel image is averaged down.
+        image_size: 16, 32, 64, 128 or 256; below 64 the 64-pixel image is averaged down.
         action_repeat: physics frames of the task per step.
     """
 
@@ -69,6 +65,8 @@ class DMCEnv(gym.Env):
     def __init__(self, domain, task, reverse_actions=False, wrench=None, image_size=64, action_repeat=2, render_mode="rgb_array"):
         if sys.platform.startswith("linux"):
             os.environ.setdefault("MUJOCO_GL", "egl")  # render without a screen; read at import
+        if image_size not in (16, 32, 64, 128, 256):
+            raise UserError(f"{domain} has images of 16, 32, 64, 128 or 256 pixels, not {image_size}")
         try:  # here, not above: other environments do without, and --help stays quick
             import mujoco
             from dm_control import suite
@@ -148,28 +146,28 @@ def make_envs(env_id, n, image_size=None, episode_steps=None):
         image_size: for this project's ids; others come with a size of their own.
         episode_steps: a time limit in steps instead of the environment's own.
     Returns:
-        gymnasium.vector.SyncVectorEnv. The step after the end of an episode resets that copy,
+        A gymnasium.vector.SyncVectorEnv. The step after the end of an episode resets that copy,
         ignores its action and returns the first observation of the next episode with reward 0.
     Raises:
-        UserError: unknown id, or an observation or action space that DRAW can't use.
+        UserError: unknown id, an observation or action space that DRAW can't use, or code that fails.
     """
     kwargs = {"max_episode_steps": episode_steps} if episode_steps else {}
     if image_size and env_id.split(":")[-1].startswith("redraw/"):
         kwargs["image_size"] = image_size
     try:
         envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id, **kwargs) for _ in range(n)])
-    except (gym.error.Error, ModuleNotFoundError) as e:
+    except Exception as e:  # of Gymnasium, of a module's import, of the environment's own code
         known = ", ".join(i for i in gym.registry if i.startswith("redraw/"))
-        raise UserError(f"can't make environment '{env_id}': {e}. This project's: {known}; any other as module:id") from e
+        raise UserError(f"can't make environment '{env_id}': {type(e).__name__}: {e}. This project's: {known}; any other as module:id") from e
     obs, act = envs.single_observation_space, envs.single_action_space
     if not isinstance(obs, gym.spaces.Dict) or set(obs.spaces) != {"image", "vector"}:
         raise UserError(f"{env_id}: the observation space must be Dict(image=..., vector=...), it is {obs}")
-    size = obs["image"].shape[0] if len(obs["image"].shape) == 3 else 0
-    if obs["image"].dtype != np.uint8 or obs["image"].shape != (size, size, 3) or size < 16 or size & (size - 1):
+    L, V, A = ((space.shape or (0,))[0] for space in (obs["image"], obs["vector"], act))
+    if obs["image"].dtype != np.uint8 or obs["image"].shape != (L, L, 3) or L < 16 or L & (L - 1):
         raise UserError(f"{env_id}: image must be uint8 (L, L, 3) with L = 16, 32, 64, ..., it is {obs['image']}")
-    if len(obs["vector"].shape) != 1 or obs["vector"].dtype != np.float32:
-        raise UserError(f"{env_id}: vector must be float32 (V,), it is {obs['vector']}")
-    if not isinstance(act, gym.spaces.Box) or len(act.shape) != 1 or not ((act.low == -1).all() and (act.high == 1).all()):
+    if obs["vector"].dtype != np.float32 or obs["vector"].shape != (V,) or V == 0:
+        raise UserError(f"{env_id}: vector must be float32 (V,), V at least 1, it is {obs['vector']}")
+    if not isinstance(act, gym.spaces.Box) or act.dtype.kind != "f" or act.shape != (A,) or A == 0 or (act.low != -1).any() or (act.high != 1).any():
         raise UserError(f"{env_id}: the action space must be Box(-1, 1, (A,)), it is {act}; gymnasium.wrappers.RescaleAction can make it so")
     return envs
 
@@ -282,6 +280,11 @@ class Sizes:
     vector_layers: int = 5
     units: int = 512  # of posterior, dynamics and heads
     actor_units: int = 512  # of actor and critic
+
+    def __post_init__(self):  # they may come from a stranger's checkpoint
+        for name, value in vars(self).items():
+            if type(value) is not int or not 1 <= value <= 65536 or name == "image_size" and (value < 16 or value & (value - 1)):
+                raise UserError(f"{name} can't be {value!r}: sizes are from 1 to 65536, that of images is 16, 32, 64, ...")
 
 
 def init_weights(layer, scale=1.0):
@@ -530,8 +533,8 @@ def load_dataset(path, image_size=None, vector_size=None, action_size=None):
     """Reads a dataset: one .npz file, or a folder of .npz files, each the start of a new sequence.
 
     Row t holds x_t, the reward on ARRIVING at x_t, and the action taken AT x_t (DreamerV3's
-    convention). The authors' key names `image_complement` and `yaw_and_forward_vel` are read as
-    `vector`; unknown keys are ignored.
+    convention); the models clip it to [-1, 1], as an environment would. The authors' key names
+    `image_complement` and `yaw_and_forward_vel` are read as `vector`; unknown keys are ignored.
 
     Returns:
         dict: image uint8 (N, L, L, 3), vector float32 (N, V), action float32 (N, A), is_first,
@@ -540,8 +543,8 @@ def load_dataset(path, image_size=None, vector_size=None, action_size=None):
         UserError: no such file, not a dataset, other sizes than asked for, NaN or infinity.
     """
     path = Path(path)
-    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
-    if not files or not all(f.is_file() for f in files):
+    files = sorted(path.glob("*.npz")) if os.path.isdir(path) else [path]
+    if not files or not all(map(os.path.isfile, files)):
         raise UserError(f"no dataset at {path}: expected a .npz file or a folder of them")
     rows = sum(read_npz(f, ["is_first"]).get("is_first", np.zeros(0)).size for f in files)
     dataset, filled = {}, 0
@@ -554,13 +557,15 @@ def load_dataset(path, image_size=None, vector_size=None, action_size=None):
         for key in ("is_last", "is_terminal"):
             chunk.setdefault(key, np.zeros(n, bool))
         for key, value in chunk.items():
-            if value.ndim != NDIMS[key] or value.dtype.kind not in "biuf" or (key == "image" and value.dtype != np.uint8):
+            number = value.dtype == np.uint8 if key == "image" else value.dtype.kind in "biuf"
+            if not number or value.ndim != NDIMS[key] or 0 in value.shape[1:]:
                 raise UserError(f"{file}: {key} must be {np.dtype(DTYPES[key])} with {NDIMS[key]} dimensions, it is {value.dtype} {value.shape}")
-            if len(value) != n or n < 1 or rows < 2 and path.is_dir():
+            if len(value) != n or n < 1 or rows < 2:
                 raise UserError(f"{file}: all arrays need the same length, and 2 rows in all at least; {key} has {len(value)}, is_first {n}")
-            if not np.isfinite(value).all():
-                raise UserError(f"{file}: {key} holds NaN or infinity, first in row {np.argwhere(~np.isfinite(value))[0][0]}")
-            chunk[key] = value.astype(DTYPES[key], copy=False)
+            with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite
+                chunk[key] = value.astype(DTYPES[key], copy=False)
+            if key != "image" and not (finite := np.isfinite(value) & np.isfinite(chunk[key])).all():
+                raise UserError(f"{file}: {key} holds NaN or infinity, first in row {np.argwhere(~finite)[0][0]}")
         L = image_size or chunk["image"].shape[1]
         for key, shape in (("image", (L, L, 3)), ("vector", (vector_size,)), ("action", (action_size,))):
             if None not in shape and chunk[key].shape[1:] != shape:
@@ -591,7 +596,7 @@ def load_checkpoint(path, stages, device="cpu"):
     checkpoint of this project, or one of another stage.
     """
     makers = " or ".join(f"{s}.py" for s in stages)
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}: expected a file written by {makers}")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
@@ -600,22 +605,34 @@ def load_checkpoint(path, stages, device="cpu"):
         raise UserError(f"{path} is not a checkpoint of this project, or it is damaged ({type(e).__name__}); make one with {makers}") from e
     if stage not in stages:
         raise UserError(f"{path} was written by {stage}.py; this needs one from {makers}")
-    return checkpoint
+    return {"args": {}, **checkpoint, "file": str(path)}
+
+
+def load_module(checkpoint, key, make, device):
+    """The network make() with the weights that a checkpoint holds as `key`, frozen. UserError if they don't fit or are not finite."""
+    try:
+        with torch.device("meta"):  # takes no memory, whatever sizes the file asks for
+            wants = make().state_dict()
+        weights = checkpoint[key]
+        for name in {**wants, **weights}:
+            if (weights[name].shape, weights[name].dtype) != (wants[name].shape, wants[name].dtype) or not weights[name].isfinite().all():
+                raise ValueError(name)
+    except (Exception, UserError) as e:
+        raise UserError(f"{checkpoint['file']} is damaged: '{key}' is missing, does not fit the sizes or is not finite ({type(e).__name__}: {e})") from e
+    module = make().to(device)
+    module.load_state_dict(weights)
+    return module.requires_grad_(False).eval()
 
 
 def load_draw(checkpoint, device):
     """The world model of a checkpoint, frozen."""
-    draw = DRAW(Sizes(**checkpoint["sizes"])).to(device)
-    draw.load_state_dict(checkpoint["draw"])
-    return draw.requires_grad_(False).eval()
+    return load_module(checkpoint, "draw", lambda: DRAW(Sizes(**checkpoint["sizes"])), device)
 
 
 def load_policy(path, device="cpu"):
     """The policy of a checkpoint of train_policy.py, ready to act."""
     checkpoint = load_checkpoint(path, ("train_policy",), device)
-    policy = Policy(Sizes(**checkpoint["sizes"])).to(device)
-    policy.load_state_dict(checkpoint["policy"])
-    return policy.requires_grad_(False).eval()
+    return load_module(checkpoint, "policy", lambda: Policy(Sizes(**checkpoint["sizes"])), device)
 
 
 # ---- Runs: seeds, devices, logs ------------------------------------------------------------------
@@ -623,8 +640,8 @@ def load_policy(path, device="cpu"):
 
 def seed_everything(seed):
     """Seeds Python, NumPy and PyTorch; environments are seeded in their reset."""
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed must be from 0 to 2^32 - 1, it is {seed}")
+    if not 0 <= seed < 2**31:  # environments get sums of it and other numbers, which must stay below 2^32
+        raise UserError(f"--seed must be from 0 to 2^31 - 1, it is {seed}")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -639,16 +656,25 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as e:
+        zero = torch.zeros((), device=name)
+        zero.item()  # the device "meta" holds no numbers
+        return zero.device
+    except Exception as e:  # of many kinds
         raise UserError(f"--device {name} can't be used here, try auto or cpu ({str(e).splitlines()[0]})") from e
 
 
 def check_positive(args, *names):
-    """Raises UserError for a flag that must be above zero and is not."""
+    """Raises UserError for a flag that must be above zero, and finite, and is not."""
     for name in names:
-        if (value := getattr(args, name)) is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, it is {value}")
+        if (value := getattr(args, name)) is not None and not 0 < value < np.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be a number above 0, it is {value}")
+
+
+def check_range(args, low, high, *names):
+    """Raises UserError for a flag that is not from low to high, or is NaN."""
+    for name in names:
+        if not low <= (value := getattr(args, name)) <= high:
+            raise UserError(f"--{name.replace('_', '-')} must be from {low} to {high}, it is {value}")
 
 
 class Interrupt:
@@ -734,9 +760,9 @@ class Logger:
             except ImportError as e:
                 raise UserError("--track needs Weights & Biases: pip install wandb") from e
         self.dir, self.warned = Path(run_dir), set()
-        if (self.dir / "args.json").exists() and not args.overwrite and not args.resume:
-            raise UserError(f"{run_dir} holds a run already; choose another --run-dir or add --resume or --overwrite")
         try:
+            if not (args.overwrite or args.resume) and os.path.isdir(run_dir) and os.listdir(run_dir):
+                raise UserError(f"{run_dir} holds files already; choose another --run-dir or add --resume or --overwrite")
             self.dir.mkdir(parents=True, exist_ok=True)
             self.file = open(self.dir / "metrics.csv", "r+" if state else "w", newline="")
             if state:  # what was logged after the save comes again

@@ -32,8 +32,9 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from common import (DRAW, Actor, Critic, Interrupt, Logger, Policy, Sizes, UserError, check_positive, held_noise, kl_categorical, load_dataset, load_state, make_envs,
-                    mix, mlp, pick_device, restore_rng, sample_onehot, save_checkpoint, save_dataset, save_state, seed_everything, softmax, stop_if_diverged, symlog, twohot_log_prob,
+from common import (DRAW, Actor, Critic, Interrupt, Logger, Policy, Sizes, UserError, check_positive, check_range, held_noise, kl_categorical,
+                    load_dataset, load_state, make_envs, mix, mlp, pick_device, restore_rng, sample_onehot, save_checkpoint, save_dataset, save_state,
+                    seed_everything, softmax, stop_if_diverged, symlog, twohot_log_prob,
                     twohot_mean, unimix)  # fmt: skip
 
 
@@ -429,15 +430,12 @@ def pictures(draw, ensemble, replay, logger, step, device, T=40):
 
 
 def main(args):
-    check_positive(args, "steps", "n_envs", "episode_steps", "image_size", "hold", "batch", "length", "train_every", "horizon", "starts", "log_every",
-                   "policy_every", "explore_every", "ensemble", "S", "K", "cnn_depth", "units", "actor_units", "vector_units", "vector_layers", "lr",
-                   "actor_lr", "save_every")  # fmt: skip
-    if args.length < 2 or args.ensemble < 2:
-        raise UserError("--length and --ensemble must be at least 2")
-    if min(args.soft_updates, args.ensemble_target, args.policy_start) < 0:
-        raise UserError("--soft-updates, --ensemble-target and --policy-start can't be negative")
-    if not 0 <= args.rewarded <= 1:
-        raise UserError(f"--rewarded is a share from 0 to 1, it is {args.rewarded}")
+    check_positive(args, "steps", "episode_steps", "image_size", "hold", "train_every", "starts", "log_every", "policy_every", "explore_every", "lr",
+                   "actor_lr", "return_floor", "save_every")  # fmt: skip
+    check_range(args, 1, 65536, "n_envs", "batch", "horizon", "S", "cnn_depth", "units", "actor_units", "vector_units", "vector_layers")
+    check_range(args, 2, 65536, "length", "ensemble", "K")  # of a variable with one class nothing can be learnt
+    check_range(args, 0, 10**9, "soft_updates", "ensemble_target", "policy_start", "warmup", "entropy", "image_scale", "vector_scale", "reward_scale")
+    check_range(args, 0, 1, "rewarded", "gamma", "lam", "lr", "actor_lr")
     if args.starts > args.batch * args.length:
         raise UserError(f"--starts {args.starts} is more than batch x length = {args.batch * args.length} states")
     if not args.n_envs * args.length <= args.prefill < args.steps:
@@ -454,11 +452,14 @@ def main(args):
         S=args.S, K=args.K, cnn_depth=args.cnn_depth, vector_units=args.vector_units, vector_layers=args.vector_layers,
         units=args.units, actor_units=args.actor_units,
     )  # fmt: skip
+    try:
+        draw, replay = DRAW(sizes).to(device), Replay(args.replay_size, args.n_envs, sizes)
+    except (MemoryError, RuntimeError, ValueError, OverflowError) as e:
+        raise UserError(f"--replay-size {args.replay_size}, --image-size or the networks' sizes are too large for the memory ({e})") from e
     run_dir = Path(args.run_dir or f"runs/pretrain-{args.env_id.split('/')[-1]}-{args.seed}")
     saved = load_state(run_dir / "state.pt", args, device) if args.resume else None
     logger = Logger(run_dir, args, saved)
 
-    draw = DRAW(sizes).to(device)
     if device.type == "cpu":
         draw = draw.to(memory_format=torch.channels_last)
     ensemble = Ensemble(sizes, draw.encoder.embed_size, args.ensemble, args.ensemble_target).to(device)
@@ -466,7 +467,6 @@ def main(args):
     explore = ActorCritic(sizes, args, "reinforce", scale_floor=0.01, device=device)
     optimizer = torch.optim.Adam(draw.parameters(), lr=args.lr, eps=1e-8, fused=True)
     ensemble_optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.lr, eps=1e-8, fused=True)
-    replay = Replay(args.replay_size, args.n_envs, sizes)
 
     def task_reward(z, sigma, action, z_next):
         return draw.reward(z_next)

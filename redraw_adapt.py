@@ -34,8 +34,8 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, Interrupt, Logger, Policy, Sizes, UserError, check_positive, check_sizes, held_noise, kl_categorical, load_checkpoint,
-                    load_dataset, load_draw, load_policy, load_state, make_envs, mix, mlp, pick_device, restore_rng, sample_onehot,
+from common import (Actor, Interrupt, Logger, Policy, UserError, check_positive, check_range, check_sizes, held_noise, kl_categorical, load_checkpoint,
+                    load_dataset, load_draw, load_module, load_policy, load_state, make_envs, mix, mlp, pick_device, restore_rng, sample_onehot,
                     save_checkpoint, save_dataset, save_state, seed_everything, softmax, stop_if_diverged, unimix, write_atomically)  # fmt: skip
 from draw_pretrain import reconstruction_errors
 
@@ -122,6 +122,9 @@ class Rectified(nn.Module):
     def __init__(self, draw, method="none", hidden=256, layers=1, use_sigma=False, members=1):
         super().__init__()
         self.options = {"method": method, "hidden": hidden, "layers": layers, "use_sigma": use_sigma, "members": members}
+        known = method in ("residual", "replace", "finetune", "none") and use_sigma in (False, True)
+        if not known or not all(0 < n <= 65536 for n in (hidden, layers, members)):  # they may come from a stranger's checkpoint
+            raise ValueError(f"no such residual: {self.options}")
         self.draw = [draw]  # in a list, so that the world model's weights are not counted as this module's
         self.method, self.use_sigma = method, use_sigma
         S, K, A = draw.sizes.S, draw.sizes.K, draw.sizes.action_size
@@ -186,9 +189,9 @@ def encode_dataset(draw, dataset, device, chunk=1024):
 
 def load_rectified(checkpoint, draw, device):
     """The dynamics of a checkpoint of stage 1 (f alone) or 2 (rectified), frozen."""
-    rectified = Rectified(draw, **checkpoint.get("rectified_options", {})).to(device)
-    rectified.load_state_dict(checkpoint.get("rectified", {}))
-    return rectified.requires_grad_(False)
+    if checkpoint["stage"] == "draw_pretrain":
+        return Rectified(draw)
+    return load_module(checkpoint, "rectified", lambda: Rectified(draw, **checkpoint["rectified_options"]), device)
 
 
 def collect(args, envs, policy):
@@ -381,21 +384,21 @@ def picture(frames):
 
 
 def main(args):
-    if args.dataset is None and args.target_env_id is None:
-        raise UserError("give --dataset, or --target-env-id to collect one")
-    check_positive(args, "n_envs", "hold", "episode_steps", "batch", "length", "log_every", "hidden", "layers", "members", "lr", "save_every")
-    if args.updates < 0 or not 0 <= args.holdout <= 1:
-        raise UserError(f"--updates {args.updates} can't be negative, and --holdout {args.holdout} is a share from 0 to 1")
-    if args.length < 2:
-        raise UserError("--length must be at least 2: a first step has nothing to be predicted from")
+    if (args.dataset is None) == (args.target_env_id is None):
+        raise UserError("give --dataset, or --target-env-id to collect one, not both")
+    check_positive(args, "hold", "episode_steps", "log_every", "lr", "save_every")
+    check_range(args, 1, 65536, "n_envs", "batch", "hidden", "layers", "members")
+    check_range(args, 2, 65536, "length")  # a first step has nothing to be predicted from
+    check_range(args, 0, 10**9, "updates")
+    check_range(args, 0, 1, "holdout", "collect_noise", "lr")
     if args.dataset is None and args.collect_steps < 2 * args.n_envs * args.length:
         raise UserError(f"--collect-steps must be at least 2 x n_envs x length = {2 * args.n_envs * args.length}, it is {args.collect_steps}")
     interrupt = Interrupt()
     seed_everything(args.seed)
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint, ("draw_pretrain",), device)
-    sizes = Sizes(**checkpoint["sizes"])
     draw = load_draw(checkpoint, device)
+    sizes = draw.sizes
     run_dir = Path(args.run_dir or f"runs/adapt-{args.method}-{args.seed}")
     saved = load_state(run_dir / "state.pt", args, device) if args.resume else None
     path = run_dir / "dataset.npz" if args.dataset is None else args.dataset
@@ -409,8 +412,8 @@ def main(args):
         if args.collect_policy == "random":
             policy = None
         elif args.collect_policy in ("zero-shot", "explore"):
-            actor = Actor(sizes).to(device)
-            actor.load_state_dict(checkpoint["task_actor" if args.collect_policy == "zero-shot" else "explore_actor"])
+            key = "task_actor" if args.collect_policy == "zero-shot" else "explore_actor"
+            actor = load_module(checkpoint, key, lambda: Actor(sizes), device)
             policy = Policy(sizes, draw, actor)
         else:
             policy = load_policy(args.collect_policy, device)

@@ -36,7 +36,7 @@ from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, Critic, Interrupt, Logger, Policy, Sizes, UserError, check_positive, check_sizes, load_checkpoint, load_dataset,
+from common import (Actor, Critic, Interrupt, Logger, Policy, UserError, check_positive, check_range, check_sizes, load_checkpoint, load_dataset,
                     load_draw, load_state, make_envs, pick_device, restore_rng, sample_onehot, save_checkpoint, save_state, seed_everything, softmax,
                     stop_if_diverged, twohot_log_prob, twohot_mean, write_atomically)  # fmt: skip
 from redraw_adapt import encode_dataset, load_rectified
@@ -130,18 +130,18 @@ def mean_and_interval(returns):
 
 
 def main(args):
-    check_positive(args, "updates", "batch", "length", "horizon", "return_floor", "log_every", "save_every")
-    if args.lr < 0:
-        raise UserError(f"--lr can't be negative, it is {args.lr}")
-    if not 0 <= args.rewarded <= 1:
-        raise UserError(f"--rewarded is a share from 0 to 1, it is {args.rewarded}")
-    if args.eval_episodes < 2:
-        raise UserError("--eval-episodes must be at least 2, for an interval")
+    check_positive(args, "updates", "return_floor", "log_every", "save_every")
+    check_range(args, 1, 65536, "batch", "length", "horizon")
+    check_range(args, 2, 65536, "eval_episodes")  # an interval needs two
+    check_range(args, 0, 10**9, "entropy", "eval_every")
+    check_range(args, 0, 1, "lr", "rewarded", "gamma", "lam")
     interrupt = Interrupt()
     seed_everything(args.seed)
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint, ("draw_pretrain", "redraw_adapt"), device)
-    sizes = Sizes(**checkpoint["sizes"])
+    draw = load_draw(checkpoint, device)
+    rectified = load_rectified(checkpoint, draw, device)
+    sizes = draw.sizes
     dataset = load_dataset(args.dataset, sizes.image_size, sizes.vector_size, sizes.action_size)
     if len(dataset["is_first"]) < args.length:
         raise UserError(f"{args.dataset} holds {len(dataset['is_first'])} rows, fewer than --length {args.length}")
@@ -151,8 +151,6 @@ def main(args):
         if envs.envs[0].spec.max_episode_steps is None:
             raise UserError(f"{env_id} has no time limit, an evaluation might not end; register it with max_episode_steps")
         envs.close()
-    draw = load_draw(checkpoint, device)
-    rectified = load_rectified(checkpoint, draw, device)
     run_dir = Path(args.run_dir or f"runs/policy-{args.seed}")
     saved = load_state(run_dir / "state.pt", args, device) if args.resume else None
     logger = Logger(run_dir, args, saved)
