@@ -54,7 +54,8 @@ class Envs(gym.vector.SyncVectorEnv):
     def checked(self, call, *args, **kwargs):
         name = f"{self.env_id}: its {call.__name__}"
         try:
-            obs, *rest = call(*args, **kwargs)  # the rest of a reset is info, that of a step begins with the rewards
+            with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite
+                obs, *rest = call(*args, **kwargs)  # the rest of a reset is info, that of a step begins with the rewards
         except Exception as e:  # someone else's code can raise anything
             raise UserError(f"{name} fails ({type(e).__name__}: {e})") from e
         if not np.isfinite(obs["vector"]).all():
