@@ -20,6 +20,7 @@ import os
 import random
 import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,8 +66,6 @@ class DMCEnv(gym.Env):
     def __init__(self, domain, task, reverse_actions=False, wrench=None, image_size=64, action_repeat=2, render_mode="rgb_array"):
         if sys.platform.startswith("linux"):
             os.environ.setdefault("MUJOCO_GL", "egl")  # render without a screen; read at import
-        if image_size not in (16, 32, 64, 128, 256):
-            raise UserError(f"{domain} has images of 16, 32, 64, 128 or 256 pixels, not {image_size}")
         try:  # here, not above: other environments do without, and --help stays quick
             import mujoco
             from dm_control import suite
@@ -599,7 +598,8 @@ def load_checkpoint(path, stages, device="cpu"):
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}: expected a file written by {makers}")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of a foreign file
+            checkpoint = dict(torch.load(path, map_location=device, weights_only=True))
         stage = checkpoint["stage"]
     except Exception as e:  # torch raises many kinds for a foreign or truncated file
         raise UserError(f"{path} is not a checkpoint of this project, or it is damaged ({type(e).__name__}); make one with {makers}") from e

@@ -216,6 +216,8 @@ def collect(args, envs, policy):
         noisy = np.where(redraw, np.random.rand(n) < args.collect_noise, noisy)
         noise = held_noise(noise, args.hold)
         action = noise if policy is None else np.where(noisy[:, None], noise, policy(obs["image"], obs["vector"])).astype(np.float32)
+        if not np.isfinite(obs["vector"]).all():
+            raise UserError(f"{args.target_env_id} returns NaN or infinity in the vector")
         for key, value in zip(rows, (obs["image"], obs["vector"], action, first, last, terminal)):
             rows[key].append(value)
         obs, _, terminated, truncated, _ = envs.step(action)
