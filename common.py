@@ -8,8 +8,7 @@ Notation, here and in every stage (shape comments use the same letters):
     x_t observation   z_t sampled latent (B, S, K), one-hot   a_t action taken AT x_t
     u_t prior logits   sigma_t = softmax(u_t), the prior's "belief"   e_t residual logits
 
-The algorithms are not here. Stage 1's losses are in draw_pretrain.py, the residual is in
-redraw_adapt.py, and the imagination of stage 3 is in train_policy.py.
+The algorithms are not here but in the stages.
 """
 
 import csv
@@ -141,14 +140,11 @@ def make_envs(env_id, n, image_size=None, episode_steps=None):
     """n copies of one environment, stepped together.
 
     Args:
-        env_id: a Gymnasium id, also as "module:id".
         image_size: for this project's ids; others come with a size of their own.
         episode_steps: a time limit in steps instead of the environment's own.
     Returns:
-        A gymnasium.vector.SyncVectorEnv. The step after the end of an episode resets that copy,
-        ignores its action and returns the first observation of the next episode with reward 0.
-    Raises:
-        UserError: unknown id, an observation or action space that DRAW can't use, or code that fails.
+        A SyncVectorEnv. The step after the end of an episode resets that copy, ignores its action and returns the first
+        observation of the next episode with reward 0. UserError: unknown id, or spaces that DRAW can't use.
     """
     kwargs = {"max_episode_steps": episode_steps} if episode_steps else {}
     if image_size and env_id.split(":")[-1].startswith("redraw/"):
@@ -181,15 +177,11 @@ def check_sizes(env_id, envs, sizes):
 
 
 def held_noise(previous, hold, gain=2.0):
-    """Random actions that stay for a geometrically distributed time, `hold` steps on average.
+    """Random actions, uniform over [-gain, gain], clipped to [-1, 1], that stay for `hold` steps on average, a geometrically
+    distributed time; float32 (n, A) from the last ones, `previous`.
 
     Independent noise averages out over a swing of the arm; held noise reaches far more states. With a gain of 2 half of
     the draws lie on a bound: it takes full torque to swing a pendulum through the top.
-
-    Args:
-        previous: float32 (n, A), the last actions.
-    Returns:
-        float32 (n, A): uniform over [-gain, gain], clipped to [-1, 1].
     """
     fresh = np.random.uniform(-gain, gain, previous.shape).clip(-1, 1).astype(np.float32)
     return np.where(np.random.rand(len(previous), 1) < 1.0 / hold, fresh, previous)
@@ -214,11 +206,8 @@ def unimix(logits):
 
 
 def sample_onehot(probs):
-    """Samples every categorical, with straight-through gradients (those of the probabilities).
-
-    Args and result: (..., S, K), one-hot. Inverse-CDF sampling: on CPUs tens of times faster than
-    torch.multinomial.
-    """
+    """Samples every categorical, (..., S, K) -> one-hot, with straight-through gradients (those of the probabilities).
+    By the inverse CDF: on CPUs tens of times faster than torch.multinomial."""
     cdf = probs.detach().cumsum(-1)
     index = (torch.rand_like(cdf[..., :1]) > cdf[..., :-1]).sum(-1, keepdim=True)
     onehot = torch.zeros_like(cdf).scatter_(-1, index, 1.0)
@@ -384,11 +373,8 @@ class DRAW(nn.Module):
         return unimix(self.posterior_net(embed).unflatten(-1, (self.sizes.S, self.sizes.K)))
 
     def dynamics(self, z, sigma, action):
-        """f(z_{t-1}, sigma_{t-1}, a_{t-1}), (..., S, K), (..., S, K), (..., A) -> prior logits u_t (..., S, K)
-
-        An action is scaled back into [-1, 1] if its sampled value lies outside, as the environment
-        would clip it.
-        """
+        """f(z_{t-1}, sigma_{t-1}, a_{t-1}), (..., S, K), (..., S, K), (..., A) -> prior logits u_t (..., S, K). An action outside
+        [-1, 1] is scaled back, as the environment would clip it."""
         action = action / action.abs().clamp(min=1.0)
         u = self.dynamics_net(torch.cat([z.flatten(-2), sigma.flatten(-2), action], -1))
         return u.unflatten(-1, (self.sizes.S, self.sizes.K))
@@ -401,17 +387,13 @@ class DRAW(nn.Module):
         return z.expand(batch, -1, -1), sigma.expand(batch, -1, -1)
 
     def observe(self, z, action, is_first, dynamics=None):
-        """The recurrence of the belief over an observed sequence.
+        """The recurrence of the belief over an observed sequence. Returns the prior logits u (B, T, S, K).
 
         Args:
             z: (B, T, S, K), sampled from the posterior.
             action: (B, T, A), a_t taken AT x_t; so step t uses action[:, t-1].
-            is_first: bool (B, T). There, and at t = 0, the previous state is the initial one and
-                the previous action zero.
-            dynamics: function (z_{t-1}, sigma_{t-1}, a_{t-1}) -> u_t to use instead of f, e.g. the
-                rectified one of redraw_adapt.py.
-        Returns:
-            u: (B, T, S, K), prior logits. sigma_t is softmax(u_t), the PRIOR's belief.
+            is_first: bool (B, T). There, and at t = 0, the previous state is the initial one and the previous action zero.
+            dynamics: (z_{t-1}, sigma_{t-1}, a_{t-1}) -> u_t to use instead of f, e.g. the rectified one of redraw_adapt.py.
         """
         B, T = is_first.shape
         z0, sigma0 = self.initial(B)
@@ -488,11 +470,8 @@ class Policy(nn.Module):
 
 
 def write_atomically(path, write):
-    """Calls write(file) on a temporary file beside `path`, then renames it: no half file is ever seen.
-
-    Raises:
-        UserError: the disk is full, no permission, ...; what was at `path` is still there.
-    """
+    """Calls write(file) on a temporary file beside `path`, then renames it: no half file is ever seen. UserError if the disk is full,
+    without permission, ...; what was at `path` is still there."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")  # one name, so that killed runs leave no more than one
     try:
@@ -514,8 +493,10 @@ def save_dataset(path, rows):
     write_atomically(path, lambda file: np.savez_compressed(file, **rows))
 
 
-DTYPES = {"image": np.uint8, "vector": np.float32, "action": np.float32, "reward": np.float32, "is_first": bool, "is_last": bool, "is_terminal": bool}
-NDIMS = {"image": 4, "vector": 2, "action": 2, "reward": 1, "is_first": 1, "is_last": 1, "is_terminal": 1}
+ARRAYS = {  # of a dataset: dtype and number of dimensions
+    "image": (np.uint8, 4), "vector": (np.float32, 2), "action": (np.float32, 2), "reward": (np.float32, 1),
+    "is_first": (bool, 1), "is_last": (bool, 1), "is_terminal": (bool, 1),
+}  # fmt: skip
 
 
 def read_npz(file, keys):
@@ -535,11 +516,8 @@ def load_dataset(path, image_size=None, vector_size=None, action_size=None):
     convention); the models clip it to [-1, 1], as an environment would. The authors' key names
     `image_complement` and `yaw_and_forward_vel` are read as `vector`; unknown keys are ignored.
 
-    Returns:
-        dict: image uint8 (N, L, L, 3), vector float32 (N, V), action float32 (N, A), is_first,
-        is_last, is_terminal bool (N,), and reward float32 (N,) if every file has one.
-    Raises:
-        UserError: no such file, not a dataset, other sizes than asked for, NaN or infinity.
+    Returns: dict of image uint8 (N, L, L, 3), vector float32 (N, V), action float32 (N, A), is_first, is_last, is_terminal bool (N,),
+    and reward float32 (N,) if every file has one. UserError: no such file, not a dataset, other sizes than asked for, NaN.
     """
     path = Path(path)
     files = sorted(path.glob("*.npz")) if os.path.isdir(path) else [path]
@@ -548,21 +526,20 @@ def load_dataset(path, image_size=None, vector_size=None, action_size=None):
     rows = sum(read_npz(f, ["is_first"]).get("is_first", np.zeros(0)).size for f in files)
     dataset, filled = {}, 0
     for file in files:
-        chunk = read_npz(file, DTYPES)
-        missing = {"image", "vector", "action", "is_first"} - set(chunk)
-        if missing:
+        chunk = read_npz(file, ARRAYS)
+        if missing := {"image", "vector", "action", "is_first"} - set(chunk):
             raise UserError(f"{file} lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(chunk)) or 'nothing of use'}")
         n = chunk["is_first"].size
         for key in ("is_last", "is_terminal"):
             chunk.setdefault(key, np.zeros(n, bool))
         for key, value in chunk.items():
-            number = value.dtype == np.uint8 if key == "image" else value.dtype.kind in "biuf"
-            if not number or value.ndim != NDIMS[key] or 0 in value.shape[1:]:
-                raise UserError(f"{file}: {key} must be {np.dtype(DTYPES[key])} with {NDIMS[key]} dimensions, it is {value.dtype} {value.shape}")
+            (dtype, ndim), number = ARRAYS[key], value.dtype == np.uint8 if key == "image" else value.dtype.kind in "biuf"
+            if not number or value.ndim != ndim or 0 in value.shape[1:]:
+                raise UserError(f"{file}: {key} must be {np.dtype(dtype)} with {ndim} dimensions, it is {value.dtype} {value.shape}")
             if len(value) != n or n < 1 or rows < 2:
                 raise UserError(f"{file}: all arrays need the same length, and 2 rows in all at least; {key} has {len(value)}, is_first {n}")
             with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite
-                chunk[key] = value.astype(DTYPES[key], copy=False)
+                chunk[key] = value.astype(dtype, copy=False)
             if key != "image" and not (finite := np.isfinite(value) & np.isfinite(chunk[key])).all():
                 raise UserError(f"{file}: {key} holds NaN or infinity, first in row {np.argwhere(~finite)[0][0]}")
         L = image_size or chunk["image"].shape[1]
@@ -589,11 +566,8 @@ def save_checkpoint(path, **contents):
 
 
 def load_checkpoint(path, stages, device="cpu"):
-    """Reads a checkpoint and checks that it comes from one of `stages`, e.g. ("draw_pretrain",).
-
-    weights_only=True: a file from a stranger can't run code. UserError: no such file, not a
-    checkpoint of this project, or one of another stage.
-    """
+    """Reads a checkpoint of one of `stages`, e.g. ("draw_pretrain",), with weights_only=True: a stranger's file can't run code.
+    UserError: no such file, not a checkpoint of this project, or one of another stage."""
     makers = " or ".join(f"{s}.py" for s in stages)
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}: expected a file written by {makers}")
@@ -663,30 +637,22 @@ def pick_device(name):
         raise UserError(f"--device {name} can't be used here, try auto or cpu ({str(e).splitlines()[0]})") from e
 
 
-def check_positive(args, *names):
-    """Raises UserError for a flag that must be above zero, and finite, and is not."""
-    for name in names:
-        if (value := getattr(args, name)) is not None and not 0 < value < np.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be a number above 0, it is {value}")
-
-
 def check_range(args, low, high, *names):
-    """Raises UserError for a flag that is not from low to high, or is NaN."""
+    """Raises UserError for a flag that is not from low to high, or is NaN; one that is None was not given."""
     for name in names:
-        if not low <= (value := getattr(args, name)) <= high:
+        if (value := getattr(args, name)) is not None and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} must be from {low} to {high}, it is {value}")
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM. They end the script with one line, but while `waits` is true they only set `asked`, so that a
-    training loop can finish its update and save first."""
+    """Ctrl-C and SIGTERM end the script with one line; while `waits` is true they only set `asked`, so that a training loop can save."""
 
     def __init__(self):
         self.waits = self.asked = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self.handle)
+        signal.signal(signal.SIGINT, self.handle)
+        signal.signal(signal.SIGTERM, self.handle)
 
-    def handle(self, signum, frame):
+    def handle(self, *_):
         if not self.waits or self.asked:  # a second one does not wait
             self.stop("interrupted")
         self.asked = True
@@ -699,20 +665,18 @@ class Interrupt:
 def save_state(path, args, logger, **contents):
     """Saves a run in progress for --resume: contents, arguments, the logs' length and the states of all random generators."""
     _, keys, *position = np.random.get_state()  # plain numbers: files are read with weights_only=True
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    rng = {"python": random.getstate(), "numpy": (keys.tolist(), *position), "torch": torch.get_rng_state(), "cuda": cuda}
+    rng = {"python": random.getstate(), "numpy": (keys.tolist(), *position), "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
     save_checkpoint(path, stage="state", args=json.dumps(comparable(args)), rng=rng, logged=logger.file.tell(), **contents)
 
 
 def load_state(path, args, device):
     """What save_state wrote, or None if the run was killed before its first save. UserError: the run had other arguments."""
-    started = Path(path).with_name("args.json")
-    if not started.exists():
+    if not (started := Path(path).with_name("args.json")).exists():
         return None
     state = load_checkpoint(path, ("state",), device) if Path(path).exists() else None
     before, now = json.loads(state["args"] if state else started.read_text()), comparable(args)
-    for name in before.keys() | now.keys():
-        if name in now and before.get(name, now[name]) != now[name]:
+    for name in now:
+        if before.get(name, now[name]) != now[name]:
             raise UserError(f"--resume needs the flags of the start: --{name.replace('_', '-')} was {before[name]}, now it is {now[name]}")
     return state
 
@@ -720,7 +684,7 @@ def load_state(path, args, device):
 def comparable(args):
     """The arguments that a resumed run must share with its start, as they come back from JSON"""
     free = ("resume", "overwrite", "track", "device", "run_dir")
-    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(args).items() if k not in free}, default=str))
+    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(args).items() if k not in free}))
 
 
 def restore_rng(rng):
@@ -728,8 +692,8 @@ def restore_rng(rng):
     random.setstate(rng["python"])
     np.random.set_state(("MT19937", *rng["numpy"]))
     torch.set_rng_state(rng["torch"].cpu())
-    if torch.cuda.is_available() and rng["cuda"]:
-        torch.cuda.set_rng_state_all([r.cpu() for r in rng["cuda"]])
+    for i in range(min(len(rng["cuda"]), torch.cuda.device_count())):
+        torch.cuda.set_rng_state(rng["cuda"][i].cpu(), i)
 
 
 def stop_if_diverged(run_dir, update, terms, **contents):
@@ -743,13 +707,8 @@ def stop_if_diverged(run_dir, update, terms, **contents):
 
 
 class Logger:
-    """Scalars to TensorBoard, to metrics.csv (step, metric, value) and, if asked, to Weights & Biases; videos; learning curves at the end.
-
-    Args:
-        state: of load_state, to go on with the logs from there.
-    Raises:
-        UserError: the run folder holds a run already, or the disk is full.
-    """
+    """Scalars to TensorBoard (with --track to Weights & Biases too) and metrics.csv; videos; learning curves at the end. Goes on from
+    `state`, of load_state. UserError: the run folder holds files already, or the disk is full."""
 
     def __init__(self, run_dir, args, state=None):
         from torch.utils.tensorboard import SummaryWriter
@@ -771,11 +730,12 @@ class Logger:
                 for old in [*self.dir.glob("events.out.tfevents.*"), self.dir / "state.pt"]:
                     old.unlink(missing_ok=True)
                 self.file.write("step,metric,value\n")
-                (self.dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1, default=str))
+                write_atomically(self.dir / "args.json", lambda file: file.write(json.dumps(dataclasses.asdict(args), indent=1).encode()))
             self.tensorboard = SummaryWriter(str(self.dir), purge_step=state["update"] + 1 if state else None)
         except OSError as e:
             raise UserError(f"can't write into --run-dir {run_dir}: {e.strerror}") from e
-        self.wandb = wandb.init(project="redraw", name=self.dir.name, config=dataclasses.asdict(args), dir=str(self.dir)) if args.track else None
+        if args.track:
+            wandb.init(project="redraw", name=self.dir.name, config=dataclasses.asdict(args), dir=str(self.dir), sync_tensorboard=True)
 
     def log(self, step, metrics):
         """metrics: dict of name -> number or 0-d tensor"""
@@ -787,8 +747,6 @@ class Logger:
                 self.tensorboard.add_scalar(name, value, step)
         except OSError as e:
             raise UserError(f"can't write the logs in {self.dir}: {e.strerror}") from e
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
         return metrics
 
     def warn(self, when, text):
@@ -823,5 +781,3 @@ class Logger:
                 axes.plot(*zip(*points), color="#0072B2", linewidth=1)
                 axes.set_title(name, fontsize=9)
             write_atomically(self.dir / "curves.png", lambda file: figure.savefig(file, dpi=70))
-        if self.wandb:
-            self.wandb.finish()

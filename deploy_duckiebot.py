@@ -39,7 +39,7 @@ import tyro
 import yaml
 from torch import nn
 
-from common import UserError, check_positive, held_noise, load_policy, sample_onehot, save_dataset, seed_everything, write_atomically
+from common import UserError, check_range, held_noise, load_policy, sample_onehot, save_dataset, seed_everything, write_atomically
 
 
 @dataclass
@@ -752,7 +752,7 @@ def dataset_of(rows):
 
 
 def main(args):
-    check_positive(args, "max_seconds", "hold", "max_speed", "max_turn", "max_duty", "max_slew", "image_size")
+    check_range(args, 1e-9, 10**9, "max_seconds", "hold", "max_speed", "max_turn", "max_duty", "max_slew", "image_size")
     for path in filter(None, (args.record, args.export)):  # before the drive, not after it
         if Path(path).exists():
             raise UserError(f"{path} exists already; choose another name")

@@ -32,7 +32,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from common import (DRAW, Actor, Critic, Interrupt, Logger, Policy, Sizes, UserError, check_positive, check_range, held_noise, kl_categorical,
+from common import (DRAW, Actor, Critic, Interrupt, Logger, Policy, Sizes, UserError, check_range, held_noise, kl_categorical,
                     load_dataset, load_state, make_envs, mix, mlp, pick_device, restore_rng, sample_onehot, save_checkpoint, save_dataset, save_state,
                     seed_everything, softmax, stop_if_diverged, symlog, twohot_log_prob,
                     twohot_mean, unimix)  # fmt: skip
@@ -430,12 +430,13 @@ def pictures(draw, ensemble, replay, logger, step, device, T=40):
 
 
 def main(args):
-    check_positive(args, "steps", "episode_steps", "image_size", "hold", "train_every", "starts", "log_every", "policy_every", "explore_every", "lr",
-                   "actor_lr", "return_floor", "save_every")  # fmt: skip
+    check_range(args, 1, 10**12, "steps", "episode_steps", "image_size", "starts", "log_every", "policy_every", "explore_every", "save_every")
+    check_range(args, 1e-9, 10**9, "hold", "train_every", "return_floor")
+    check_range(args, 1e-9, 1, "lr", "actor_lr")
     check_range(args, 1, 65536, "n_envs", "batch", "horizon", "S", "cnn_depth", "units", "actor_units", "vector_units", "vector_layers")
     check_range(args, 2, 65536, "length", "ensemble", "K")  # of a variable with one class nothing can be learnt
     check_range(args, 0, 10**9, "soft_updates", "ensemble_target", "policy_start", "warmup", "entropy", "image_scale", "vector_scale", "reward_scale")
-    check_range(args, 0, 1, "rewarded", "gamma", "lam", "lr", "actor_lr")
+    check_range(args, 0, 1, "rewarded", "gamma", "lam")
     if args.starts > args.batch * args.length:
         raise UserError(f"--starts {args.starts} is more than batch x length = {args.batch * args.length} states")
     if not args.n_envs * args.length <= args.prefill < args.steps:

@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, Interrupt, Logger, Policy, UserError, check_positive, check_range, check_sizes, held_noise, kl_categorical, load_checkpoint,
+from common import (Actor, Interrupt, Logger, Policy, UserError, check_range, check_sizes, held_noise, kl_categorical, load_checkpoint,
                     load_dataset, load_draw, load_module, load_policy, load_state, make_envs, mix, mlp, pick_device, restore_rng, sample_onehot,
                     save_checkpoint, save_dataset, save_state, seed_everything, softmax, stop_if_diverged, unimix, write_atomically)  # fmt: skip
 from draw_pretrain import reconstruction_errors
@@ -385,11 +385,12 @@ def picture(frames):
 def main(args):
     if (args.dataset is None) == (args.target_env_id is None):
         raise UserError("give --dataset, or --target-env-id to collect one, not both")
-    check_positive(args, "hold", "episode_steps", "log_every", "lr", "save_every")
+    check_range(args, 1, 10**12, "hold", "episode_steps", "log_every", "save_every")
+    check_range(args, 1e-9, 1, "lr")
     check_range(args, 1, 65536, "n_envs", "batch", "hidden", "layers", "members")
     check_range(args, 2, 65536, "length")  # a first step has nothing to be predicted from
     check_range(args, 0, 10**9, "updates")
-    check_range(args, 0, 1, "holdout", "collect_noise", "lr")
+    check_range(args, 0, 1, "holdout", "collect_noise")
     if args.dataset is None and args.collect_steps < 2 * args.n_envs * args.length:
         raise UserError(f"--collect-steps must be at least 2 x n_envs x length = {2 * args.n_envs * args.length}, it is {args.collect_steps}")
     interrupt = Interrupt()

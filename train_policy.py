@@ -36,7 +36,7 @@ from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, Critic, Interrupt, Logger, Policy, UserError, check_positive, check_range, check_sizes, load_checkpoint, load_dataset,
+from common import (Actor, Critic, Interrupt, Logger, Policy, UserError, check_range, check_sizes, load_checkpoint, load_dataset,
                     load_draw, load_state, make_envs, pick_device, restore_rng, sample_onehot, save_checkpoint, save_state, seed_everything, softmax,
                     stop_if_diverged, twohot_log_prob, twohot_mean, write_atomically)  # fmt: skip
 from redraw_adapt import encode_dataset, load_rectified
@@ -130,7 +130,8 @@ def mean_and_interval(returns):
 
 
 def main(args):
-    check_positive(args, "updates", "return_floor", "log_every", "save_every")
+    check_range(args, 1, 10**12, "updates", "log_every", "save_every")
+    check_range(args, 1e-9, 10**9, "return_floor")
     check_range(args, 1, 65536, "batch", "length", "horizon")
     check_range(args, 2, 65536, "eval_episodes")  # an interval needs two
     check_range(args, 0, 10**9, "entropy", "eval_every")
