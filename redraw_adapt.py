@@ -305,7 +305,8 @@ def diagnose(draw, base, rectified, dataset, posterior, held_out, source, rollou
     shown = image.float().diff(dim=1).abs().mean((1, 2, 3, 4)).argsort(descending=True)[:4]  # where the real picture moves most
     film = [image[shown].float() / 255.0]
     for name, dynamics in (("base", base), ("rectified", rectified)):
-        errors, _ = [], torch.manual_seed(0)  # the same chances for both
+        torch.manual_seed(0)  # the same chances for both
+        errors = []
         for _ in range(rollouts):
             zs = open_loop(draw, dynamics, z[:, 0], action[:, :-1])
             errors.append(torch.stack(reconstruction_errors(draw, zs, image, vector)).mean(1)[:, steps])  # (2, steps)
@@ -340,8 +341,11 @@ def verdicts(figures, method):
                      "looks varied; or, if the target goes where the source never was, another --collect in stage 1.")  # fmt: skip
     if not held_out <= limit:
         advice = "larger --hidden, --layers 2, --use-sigma, more --updates" if method == "residual" else "--method residual, or more --updates"
-        cause = f"and train KL stayed above it too. Try: {advice}" if train > limit else "train KL is not: overfitted. Try: more target data, smaller --hidden"
-        cause = "which the drift alone can cause: mend that first" if drifted else cause
+        cause = f"and train KL stayed above it too. Try: {advice}"
+        if train <= limit:
+            cause = "train KL is not: overfitted. Try: more target data, a smaller --hidden"
+        if drifted:
+            cause = "which the drift alone can cause: mend that first"
         found.append(f"CAPACITY PLATEAU: {kl}, more than {PLATEAU}, {cause}.")
     return found or [f"HEALTHY: {kl}, less than {PLATEAU}, and the frames look like the source's."]
 

@@ -141,7 +141,7 @@ def test_same_dynamics_have_the_same_error(data):
 def test_frames_beside_the_source(data):
     draw, base, rectified, rows, posterior, held_out = data
     entropy = -(posterior.exp() * posterior).sum((-2, -1)).numpy()
-    home = {"image error": [0.0, 1.0, 1e9], "vector error": [1e8, 1e8, 1e9], "posterior entropy": [*np.quantile(entropy, [0.25, 0.5]), np.quantile(entropy, 0.8)]}
+    home = {"image error": [0.0, 1.0, 1e9], "vector error": [1e8, 1e8, 1e9], "posterior entropy": np.quantile(entropy, [0.25, 0.5, 0.8]).tolist()}
     frames = diagnose(draw, base, rectified, rows, posterior, held_out, home)[0]["frames"]
     shares = {name: (v["below"], v["above"]) for name, v in frames.items()}
     assert shares["image error"] == (0, 0) and shares["vector error"] == (1, 0)
