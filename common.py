@@ -176,7 +176,7 @@ def check_sizes(env_id, envs, sizes):
         raise UserError(f"{env_id} has (image, vector, action) sizes {has}, the checkpoint was trained with {wants}")
 
 
-def held_noise(previous, hold, gain=2.0):
+def held_noise(previous, hold, gain=1.0):
     """Random actions, uniform over [-gain, gain], clipped to [-1, 1], that stay for `hold` steps on average, a geometrically
     distributed time; float32 (n, A) from the last ones, `previous`.
 
@@ -731,11 +731,11 @@ class Logger:
                     old.unlink(missing_ok=True)
                 self.file.write("step,metric,value\n")
                 write_atomically(self.dir / "args.json", lambda file: file.write(json.dumps(dataclasses.asdict(args), indent=1).encode()))
+            if args.track:  # before the writer, which it listens to
+                wandb.init(project="redraw", name=self.dir.name, config=dataclasses.asdict(args), dir=str(self.dir), sync_tensorboard=True)
             self.tensorboard = SummaryWriter(str(self.dir), purge_step=state["update"] + 1 if state else None)
         except OSError as e:
             raise UserError(f"can't write into --run-dir {run_dir}: {e.strerror}") from e
-        if args.track:
-            wandb.init(project="redraw", name=self.dir.name, config=dataclasses.asdict(args), dir=str(self.dir), sync_tensorboard=True)
 
     def log(self, step, metrics):
         """metrics: dict of name -> number or 0-d tensor"""

@@ -733,7 +733,7 @@ def make_driver(args, policy, keys, robot):
     noise = np.zeros((1, 2), np.float32)
 
     def wander(*_):
-        noise[:] = held_noise(noise, args.hold, gain=1.0)
+        noise[:] = held_noise(noise, args.hold)
         return np.array([0.5 + 0.5 * noise[0, 0], 0.5 * noise[0, 1]])  # the speed from 0 to full, half of the turning
 
     return wander

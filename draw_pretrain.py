@@ -526,7 +526,7 @@ def main(args):
             who = collectors
         else:
             who = np.full(args.n_envs, EXPLORE if args.collect == "explore" else TASK)
-        action = held_noise(action, args.hold)
+        action = held_noise(action, args.hold, gain=2.0)
         for collector, actor_critic in ((EXPLORE, explore), (TASK, task)):
             if (who == collector).any():
                 chosen = Policy(sizes, draw, actor_critic.actor)(obs["image"], obs["vector"])
