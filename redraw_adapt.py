@@ -103,7 +103,7 @@ class Args:
 PRESETS = {
     "laptop": (
         "minutes on two CPU cores",
-        Args(checkpoint=tyro.MISSING, collect_policy="random", hold=16.0, episode_steps=60, hidden=512, layers=2, lr=2e-3, updates=6000, batch=64, length=8,
+        Args(checkpoint=tyro.MISSING, collect_policy="random", hold=16.0, episode_steps=40, hidden=512, lr=2e-3, updates=6000, batch=64, length=8,
              log_every=500, save_every=1000),
     ),  # fmt: skip
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING)),

@@ -92,7 +92,7 @@ class Args:
 PRESETS = {
     "laptop": (
         "minutes on two CPU cores",
-        Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING, updates=4000, batch=64, length=2, horizon=15, gamma=0.99, lr=5e-4, return_floor=0.01,
+        Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING, updates=4000, batch=64, length=2, rewarded=0.03, horizon=15, gamma=0.99, lr=5e-4, return_floor=0.01,
              eval_every=0, eval_episodes=40),
     ),  # fmt: skip
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING)),
