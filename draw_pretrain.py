@@ -405,6 +405,23 @@ class ActorCritic:
         self.scale = state["scale"]
 
 
+def open_loop(draw, z, action, dynamics=None, prior=mix):
+    """One sampled rollout that sees the first frame alone and then follows the actions that were really taken.
+
+    Args:
+        z: (n, S, K), sampled from the posterior of x_0.   action: (n, H, A), a_0 .. a_{H-1}.
+        dynamics, prior: (z, sigma, a) -> u and sigma -> p, to use instead of DRAW's own.
+    Returns:
+        z_0 .. z_H, (n, H + 1, S, K).
+    """
+    dynamics, (z_before, sigma_before) = dynamics or draw.dynamics, draw.initial(len(z))
+    sigma, zs = softmax(dynamics(z_before, sigma_before, torch.zeros_like(action[:, 0]))), [z]  # sigma_0, as in DRAW.observe
+    for a in action.unbind(1):
+        sigma = softmax(dynamics(zs[-1], sigma, a))
+        zs.append(sample_onehot(prior(sigma)))
+    return torch.stack(zs, 1)
+
+
 @torch.no_grad()
 def pictures(draw, ensemble, replay, logger, step, device, T=40):
     """prediction.gif: four episodes; reality, reconstruction, and the open-loop prediction from the first frame and the actions.
@@ -417,14 +434,12 @@ def pictures(draw, ensemble, replay, logger, step, device, T=40):
     image, vector, action = (torch.from_numpy(replay.data[k][0, rows]).to(device) for k in ("image", "vector", "action"))
     q = draw.posterior(draw.encoder(image, vector)).exp()
     seen = sample_onehot(q)  # (4, T, S, K)
-    z, sigmas = [seen[:, 0]], [softmax(draw.observe(seen[:, :1], action[:, :1], torch.ones_like(action[:, :1, 0], dtype=torch.bool)))[:, 0]]
-    for t in range(T - 1):
-        sigmas.append(softmax(draw.dynamics(z[-1], sigmas[-1], action[:, t])))
-        z.append(sample_onehot(mix(sigmas[-1])))
-    decoded = [draw.decoder(x.flatten(-2)).clamp(0, 1) * 255 for x in (seen, torch.stack(z, 1))]  # (4, T, L, L, 3) each
+    sigma = softmax(draw.observe(seen, action, torch.zeros(seen.shape[:2], dtype=torch.bool, device=device)))
+    foreseen = open_loop(draw, seen[:, 0], action[:, :-1])  # (4, T, S, K)
+    decoded = [draw.decoder(z.flatten(-2)).clamp(0, 1) * 255 for z in (seen, foreseen)]  # (4, T, L, L, 3) each
     video = torch.cat([image.float(), *decoded], 2).to(torch.uint8)  # below each other
-    logger.video(step, "prediction", torch.cat(list(video), 2).cpu().numpy().repeat(3, 1).repeat(3, 2), fps=8)  # side by side
-    by_disagreement = ensemble.disagreement(torch.stack(sigmas, 1), seen, action).flatten().argsort(descending=True)
+    logger.video(step, "prediction", torch.cat(list(video), 2).cpu().numpy().repeat(2, 1).repeat(2, 2), fps=8)  # side by side
+    by_disagreement = ensemble.disagreement(sigma, seen, action).flatten().argsort(descending=True)
     most, least = (torch.cat(list(image.flatten(0, 1)[i]), 1) for i in (by_disagreement[:12], by_disagreement[-12:]))
     logger.video(step, "disagreement", torch.cat([most, least]).cpu().numpy()[None].repeat(3, 1).repeat(3, 2))
 
@@ -587,8 +602,9 @@ def main(args):
                     f"updates {updates}/{total_updates} image {shown['world_model/image']:.2f} kl {shown['world_model/kl']:.1f} "
                     f"return {shown.get('collect/episode_return', np.nan):.0f} imagined {shown.get('task/return', np.nan):.1f}"
                 )
-        if (step + args.n_envs) // args.save_every > step // args.save_every or interrupt.asked:
+        if 10 * (step + args.n_envs) // args.steps > 10 * step // args.steps:  # ten times a run
             pictures(draw, ensemble, replay, logger, updates, device)
+        if (step + args.n_envs) // args.save_every > step // args.save_every or interrupt.asked:
             save(step + args.n_envs)
             new_episodes = True
             if interrupt.asked:

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from common import (Actor, Interrupt, Logger, Policy, UserError, check_range, check_sizes, held_noise, kl_categorical, load_checkpoint,
                     load_dataset, load_draw, load_module, load_policy, load_state, make_envs, mix, mlp, pick_device, restore_rng, sample_onehot,
                     save_checkpoint, save_dataset, save_state, seed_everything, softmax, stop_if_diverged, unimix, write_atomically)  # fmt: skip
-from draw_pretrain import reconstruction_errors
+from draw_pretrain import open_loop, reconstruction_errors
 
 
 @dataclass
@@ -256,19 +256,6 @@ def windows(rows, is_first, most=64):
     return np.stack(cut[:: -(-len(cut) // most)])
 
 
-def open_loop(draw, dynamics, z, action):
-    """One sampled rollout: sees the first frame alone, then follows the actions that were really taken.
-
-    z (n, S, K), sampled from the posterior of x_0; action (n, H, A), a_0 .. a_{H-1}; dynamics, a Rectified -> z_0 .. z_H, (n, H + 1, S, K)
-    """
-    z_before, sigma_before = draw.initial(len(z))
-    sigma, zs = softmax(dynamics(z_before, sigma_before, torch.zeros_like(action[:, 0]))), [z]  # sigma_0, as in DRAW.observe
-    for a in action.unbind(1):
-        sigma = softmax(dynamics(zs[-1], sigma, a))
-        zs.append(sample_onehot(dynamics.prior(sigma)))
-    return torch.stack(zs, 1)
-
-
 def where_it_acts(draw, base, rectified, z, action):
     """KL( softmax(f) || softmax(f + e) ) of each latent variable, mean nats per step, (S,), along observed sequences z (n, T, S, K),
     action (n, T, A), without their first steps."""
@@ -308,7 +295,7 @@ def diagnose(draw, base, rectified, dataset, posterior, held_out, source, rollou
         torch.manual_seed(0)  # the same chances for both
         errors = []
         for _ in range(rollouts):
-            zs = open_loop(draw, dynamics, z[:, 0], action[:, :-1])
+            zs = open_loop(draw, z[:, 0], action[:, :-1], dynamics, dynamics.prior)
             errors.append(torch.stack(reconstruction_errors(draw, zs, image, vector)).mean(1)[:, steps])  # (2, steps)
         figures["open_loop"][name] = dict(zip(("image error", "vector error"), torch.stack(errors).mean(0).tolist()))
         film.append(draw.decoder(zs[shown].flatten(-2)))  # the last rollout

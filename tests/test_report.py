@@ -75,7 +75,7 @@ def test_open_loop_is_a_plain_loop(method):
     z, _, _ = random_states(4)
     action = torch.rand(4, 6, 1) * 2 - 1
     torch.manual_seed(5)
-    zs = open_loop(draw, rectified, z, action)
+    zs = open_loop(draw, z, action, rectified, rectified.prior)
     torch.manual_seed(5)
     sigma = draw.observe(z[:, None], action[:, :1], torch.ones(4, 1, dtype=torch.bool), rectified)[:, 0].softmax(-1)
     assert torch.equal(zs[:, 0], z)
@@ -115,7 +115,7 @@ def test_open_loop_error(monkeypatch, data):
     """If the rollouts were the latents of `fixed`, the errors would be those of their pictures, at the right steps."""
     draw, base, rectified, rows, posterior, held_out = data
     fixed = {dynamics: random_states(1, 30)[0] for dynamics in (base, rectified)}
-    monkeypatch.setattr(redraw_adapt, "open_loop", lambda draw, dynamics, z, action: fixed[dynamics])
+    monkeypatch.setattr(redraw_adapt, "open_loop", lambda draw, z, action, dynamics, prior: fixed[dynamics])
     figures, film = diagnose(draw, base, rectified, rows, posterior, held_out, None)
     assert figures["steps"] == [1, 5, 15, 29] and figures["windows"] == 1
     assert torch.allclose(film[0, 0], torch.from_numpy(rows["image"][30:] / 255.0).float())
