@@ -33,7 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (DRAW, Actor, Critic, Interrupt, Logger, Policy, Sizes, UserError, check_range, held_noise, kl_categorical,
-                    load_dataset, load_state, make_envs, mix, mlp, pick_device, restore_rng, sample_onehot, save_checkpoint, save_dataset, save_state,
+                    load_state, make_envs, mix, mlp, pick_device, read_npz, restore_rng, sample_onehot, save_checkpoint, save_dataset, save_state,
                     seed_everything, softmax, stop_if_diverged, symlog, twohot_log_prob,
                     twohot_mean, unimix)  # fmt: skip
 
@@ -148,6 +148,7 @@ PRESETS = {
 
 
 EXPLORE, TASK, RANDOM = 0, 1, 2  # who collects an episode
+ROWS_PER_FILE = 2000  # of the replay on disk
 
 
 class Replay:
@@ -191,10 +192,10 @@ class Replay:
         env, t = env[:, None], (oldest + start[:, None] + np.arange(T)) % self.length
         return {k: torch.from_numpy(v[env, t]).to(device, non_blocking=True) for k, v in self.data.items()}
 
-    def save(self, folder, R=2000):
-        """Writes the rows as a dataset folder, each file a stretch of at most R rows of one environment, named by its first row. A full
+    def save(self, folder):
+        """Writes the rows as a dataset folder, each file a stretch of at most ROWS_PER_FILE rows of one environment, named by its first row. A full
         file is written once, so that a save costs what was added since the last one. Returns the names of the files that count."""
-        oldest, names = self.added - len(self), []
+        oldest, names, R = self.added - len(self), [], ROWS_PER_FILE
         for env in range(len(self.data["reward"])):
             for k in range(oldest // R, -(-self.added // R)):
                 name = f"env{env:03d}-{k * R:09d}.npz"
@@ -206,16 +207,16 @@ class Replay:
                 names.append(name)
         return names
 
-    def load(self, folder, names, added, R=2000):
+    def load(self, folder, names, added):
         """Reads back what `save` had written when it returned `names` and `added` rows had been added."""
         self.added = added
         for name in names:
-            chunk = load_dataset(Path(folder) / name)
+            chunk = read_npz(Path(folder) / name, self.data)
             env, rows = int(name[3:6]), int(name[7:16]) + np.arange(len(chunk["is_first"]))
             keep = (rows >= added - len(self)) & (rows < added)  # a file may hold older rows, or, if a later save was cut short, newer ones
             for key, v in self.data.items():
                 v[env, rows[keep] % self.length] = chunk[key][keep]
-            self.full |= {name} if len(rows) == R else set()
+            self.full |= {name} if len(rows) == ROWS_PER_FILE else set()
 
 
 def reconstruction_errors(draw, z, image, vector):

@@ -103,7 +103,7 @@ class Args:
 PRESETS = {
     "laptop": (
         "minutes on two CPU cores",
-        Args(checkpoint=tyro.MISSING, collect_policy="random", hold=16.0, episode_steps=40, hidden=512, lr=2e-3, updates=6000, batch=64, length=8,
+        Args(checkpoint=tyro.MISSING, collect_policy="random", hold=16.0, episode_steps=60, hidden=512, lr=2e-3, updates=6000, batch=64, length=8,
              log_every=500, save_every=1000),
     ),  # fmt: skip
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING)),
@@ -211,10 +211,11 @@ def collect(args, envs, policy):
     rows = {k: [] for k in ("image", "vector", "action", "is_first", "is_last", "is_terminal")}
     first, last, terminal = np.ones(n, bool), np.zeros(n, bool), np.zeros(n, bool)
     noise, noisy = np.zeros((n, A), np.float32), np.zeros(n, bool)
+    gain = np.where(np.arange(n) % 2, 2.0, 1.0)[:, None]  # every other environment is driven hard: both small and full actions are needed
     for _ in tqdm(range(args.collect_steps // n), desc="collecting", unit="step", unit_scale=n, mininterval=1.0):
         redraw = np.random.rand(n) < 1.0 / args.hold
         noisy = np.where(redraw, np.random.rand(n) < args.collect_noise, noisy)
-        noise = held_noise(noise, args.hold)
+        noise = held_noise(noise, args.hold, gain)
         action = noise if policy is None else np.where(noisy[:, None], noise, policy(obs["image"], obs["vector"])).astype(np.float32)
         if not np.isfinite(obs["vector"]).all():
             raise UserError(f"{args.target_env_id} returns NaN or infinity in the vector")

@@ -81,7 +81,7 @@ MUTATIONS = [
     ("wrong lambda-return index", STAGE_1, "(1 - args.lam) * values[t + 1] + args.lam * R", "(1 - args.lam) * values[t] + args.lam * R", POLICY_1),
     ("lambda swapped", STAGE_1, "(1 - args.lam) * values[t + 1] + args.lam * R", "args.lam * values[t + 1] + (1 - args.lam) * R", POLICY_1),
     ("return scale forgets", STAGE_1, "0.99 * self.scale + 0.01 * (p95 - p5)", "0.01 * self.scale + 0.99 * (p95 - p5)", POLICY_1),
-    ("return scale without its floor", STAGE_1, "scale = self.scale.clamp(min=self.scale_floor)", "scale = self.scale", POLICY_1),
+    ("return scale without its floor", STAGE_1, "scale = new_scale.clamp(min=self.scale_floor)", "scale = self.scale", POLICY_1),
     ("baseline one step late", STAGE_1, "(returns - values[:-1]) / scale", "(returns - values[1:]) / scale", POLICY_1),
     ("slow critic not asked", STAGE_1, "twohot_mean(self.slow_critic(zs[:-1]))", "twohot_mean(self.critic(zs[:-1]))", POLICY_1),
     ("slow critic too quick", STAGE_1, "slow.lerp_(fast, 0.02)", "slow.lerp_(fast, 0.98)", GRADIENTS),
