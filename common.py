@@ -20,6 +20,7 @@ import random
 import signal
 import sys
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -658,7 +659,7 @@ class Interrupt:
         self.asked = True
 
     def stop(self, text):
-        print(f"\n{text}; the same command with --resume goes on from the last save", file=sys.stderr)
+        os.write(2, f"\n{text}; the same command with --resume goes on from the last save\n".encode())  # print is not for signal handlers
         raise SystemExit(130)
 
 
@@ -666,11 +667,21 @@ def save_state(path, args, logger, **contents):
     """Saves a run in progress for --resume: contents, arguments, the logs' length and the states of all random generators."""
     _, keys, *position = np.random.get_state()  # plain numbers: files are read with weights_only=True
     rng = {"python": random.getstate(), "numpy": (keys.tolist(), *position), "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    logger.file.flush()
+    os.fsync(logger.file.fileno())  # the state counts on what was logged so far
     save_checkpoint(path, stage="state", args=json.dumps(comparable(args)), rng=rng, logged=logger.file.tell(), **contents)
 
 
-def load_state(path, args, device):
-    """What save_state wrote, or None if the run was killed before its first save. UserError: the run had other arguments."""
+def fingerprint(*paths):
+    """Of the files that a run starts from (a folder stands for its .npz files): names, sizes, and the check sum of checkpoints"""
+    files = [f for p in map(Path, paths) for f in (sorted(p.glob("*.npz")) if os.path.isdir(p) else [p]) if os.path.isfile(f)]
+    return [[f.name, f.stat().st_size, zlib.crc32(f.read_bytes()) if f.suffix == ".pt" else 0] for f in files]
+
+
+def load_state(path, args, device, inputs=None):
+    """What save_state wrote, or None if the run was killed before its first save. UserError: the run had other arguments or inputs."""
+    if args.overwrite:
+        raise UserError("give --resume or --overwrite, not both")
     if not (started := Path(path).with_name("args.json")).exists():
         return None
     state = load_checkpoint(path, ("state",), device) if Path(path).exists() else None
@@ -678,6 +689,8 @@ def load_state(path, args, device):
     for name in now:
         if before.get(name, now[name]) != now[name]:
             raise UserError(f"--resume needs the flags of the start: --{name.replace('_', '-')} was {before[name]}, now it is {now[name]}")
+    if state and state.get("inputs") != inputs:
+        raise UserError("--resume: --checkpoint or --dataset is not what the run was started with; use --overwrite to start anew")
     return state
 
 
@@ -698,7 +711,7 @@ def restore_rng(rng):
 
 def stop_if_diverged(run_dir, update, terms, **contents):
     """Called before an optimiser's step: if a term (dict of name -> tensor) is NaN or infinite, saves `contents` (the batch and the
-    weights, still good) as diverged.pt and ends the run with the term's name."""
+    weights, which this step would have spoilt) as diverged.pt and ends the run with the term's name."""
     if not torch.isfinite(sum(v.detach().sum() for v in terms.values())):  # one look at the device
         bad = [name for name, v in terms.items() if not torch.isfinite(v).all()] or list(terms)
         path = Path(run_dir) / "diverged.pt"
@@ -720,20 +733,23 @@ class Logger:
                 raise UserError("--track needs Weights & Biases: pip install wandb") from e
         self.dir, self.warned = Path(run_dir), set()
         try:
-            if not (args.overwrite or args.resume) and os.path.isdir(run_dir) and os.listdir(run_dir):
-                raise UserError(f"{run_dir} holds files already; choose another --run-dir or add --resume or --overwrite")
+            there = [n for n in os.listdir(run_dir) if not n.startswith(".")] if os.path.isdir(run_dir) else []
+            begun = args.resume and "args.json" in there and not any(n.endswith(".pt") for n in there)  # killed before its first save
+            if there and not (args.overwrite or state or begun):
+                raise UserError(f"{run_dir} holds files already; choose another --run-dir, or add --overwrite (or --resume, if it holds this run)")
             self.dir.mkdir(parents=True, exist_ok=True)
+            if not state:
+                for old in [*self.dir.glob("events.out.tfevents.*"), self.dir / "state.pt"]:
+                    old.unlink(missing_ok=True)
+                write_atomically(self.dir / "args.json", lambda file: file.write(json.dumps(dataclasses.asdict(args), indent=1).encode()))
             self.file = open(self.dir / "metrics.csv", "r+" if state else "w", newline="")
             if state:  # what was logged after the save comes again
                 self.file.truncate(self.file.seek(state["logged"]))
             else:
-                for old in [*self.dir.glob("events.out.tfevents.*"), self.dir / "state.pt"]:
-                    old.unlink(missing_ok=True)
                 self.file.write("step,metric,value\n")
-                write_atomically(self.dir / "args.json", lambda file: file.write(json.dumps(dataclasses.asdict(args), indent=1).encode()))
             if args.track:  # before the writer, which it listens to
                 wandb.init(project="redraw", name=self.dir.name, config=dataclasses.asdict(args), dir=str(self.dir), sync_tensorboard=True)
-            self.tensorboard = SummaryWriter(str(self.dir), purge_step=state["update"] + 1 if state else None)
+            self.tensorboard = SummaryWriter(str(self.dir), purge_step=state["purge_step"] if state else None)
         except OSError as e:
             raise UserError(f"can't write into --run-dir {run_dir}: {e.strerror}") from e
 
@@ -761,6 +777,7 @@ class Logger:
 
         gif = imageio.v3.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)
         write_atomically(self.dir / f"{name}.gif", lambda file: file.write(gif))
+        # TensorBoard shows a GIF moving
         image = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=gif)
         self.tensorboard.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 

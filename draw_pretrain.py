@@ -70,6 +70,8 @@ class Args:
     """random steps before the first update"""
     hold: float = 1.0
     """mean number of steps that a random action is held"""
+    gain: float = 1.0
+    """random actions are uniform over [-gain, gain], clipped to [-1, 1]; with 2, half of them have full force"""
     replay_size: int = 1_000_000
     """rows kept"""
 
@@ -136,7 +138,7 @@ PRESETS = {
     "laptop": (
         "minutes on two CPU cores: 32x32 images, small networks, short episodes",
         Args(
-            save_every=4_000, steps=40_000, episode_steps=60, image_size=32, collect="mixed", prefill=16_000, hold=16.0,
+            save_every=4_000, steps=40_000, episode_steps=60, image_size=32, collect="mixed", prefill=16_000, hold=16.0, gain=2.0,
             replay_size=200_000, S=64, K=4, cnn_depth=8, vector_units=128, vector_layers=2, units=128, actor_units=128, batch=32, length=8,
             rewarded=0.25, train_every=3.0, lr=3e-3, warmup=100, decay=True, image_scale=300.0, vector_scale=400.0, reward_scale=50.0,
             soft_updates=500, policy_start=2500, policy_every=2, explore_every=8, horizon=15, gamma=0.99, starts=128, actor_lr=5e-4,
@@ -216,7 +218,7 @@ class Replay:
             keep = (rows >= added - len(self)) & (rows < added)  # a file may hold older rows, or, if a later save was cut short, newer ones
             for key, v in self.data.items():
                 v[env, rows[keep] % self.length] = chunk[key][keep]
-            self.full |= {name} if len(rows) == ROWS_PER_FILE else set()
+            self.full |= {name} if len(rows) == ROWS_PER_FILE and rows[-1] < added else set()
 
 
 def reconstruction_errors(draw, z, image, vector):
@@ -416,7 +418,7 @@ def open_loop(draw, z, action, dynamics=None, prior=mix):
         z_0 .. z_H, (n, H + 1, S, K).
     """
     dynamics, (z_before, sigma_before) = dynamics or draw.dynamics, draw.initial(len(z))
-    sigma, zs = softmax(dynamics(z_before, sigma_before, torch.zeros_like(action[:, 0]))), [z]  # sigma_0, as in DRAW.observe
+    sigma, zs = softmax(dynamics(z_before, sigma_before, torch.zeros(len(z), action.shape[-1], device=z.device))), [z]  # sigma_0, as in DRAW.observe
     for a in action.unbind(1):
         sigma = softmax(dynamics(zs[-1], sigma, a))
         zs.append(sample_onehot(prior(sigma)))
@@ -447,7 +449,7 @@ def pictures(draw, ensemble, replay, logger, step, device, T=40):
 
 def main(args):
     check_range(args, 1, 10**12, "steps", "episode_steps", "image_size", "starts", "log_every", "policy_every", "explore_every", "save_every")
-    check_range(args, 1e-9, 10**9, "hold", "train_every", "return_floor")
+    check_range(args, 1e-9, 10**9, "hold", "gain", "train_every", "return_floor")
     check_range(args, 1e-9, 1, "lr", "actor_lr")
     check_range(args, 1, 65536, "n_envs", "batch", "horizon", "S", "cnn_depth", "units", "actor_units", "vector_units", "vector_layers")
     check_range(args, 2, 65536, "length", "ensemble", "K")  # of a variable with one class nothing can be learnt
@@ -500,8 +502,8 @@ def main(args):
 
     def save(step, **more):
         files = replay.save(run_dir / "replay")  # first the rows, then the state that counts on them, then what nobody needs any more
-        save_state(run_dir / "state.pt", args, logger, step=step, update=updates, finished=finished, policy_metrics=policy_metrics,
-                   action=torch.from_numpy(action), replay_files=files, replay_added=replay.added, **weights())  # fmt: skip
+        save_state(run_dir / "state.pt", args, logger, step=step, update=updates, purge_step=updates + 1, awake=awake, finished=finished,
+                   policy_metrics=policy_metrics, action=torch.from_numpy(action), replay_files=files, replay_added=replay.added, **weights())  # fmt: skip
         for old in (run_dir / "replay").glob("*.npz"):
             if old.name not in files:  # rows that left the ring, or of a run that this one overwrites
                 old.unlink()
@@ -513,7 +515,7 @@ def main(args):
     total_updates = int((args.steps - args.prefill) / args.train_every)
     if args.collect != "random" and args.policy_start >= total_updates:
         print(f"warning: no policy is trained: --policy-start {args.policy_start}, but these --steps make {total_updates} updates; random actions collect")
-    updates, begin, finished, policy_metrics, start = 0, 0, [], {}, time.time()
+    updates, begin, awake, finished, policy_metrics, start = 0, 0, False, [], {}, time.time()
     action = np.zeros((args.n_envs, sizes.action_size), np.float32)
     collectors = np.full(args.n_envs, RANDOM)  # per environment, drawn anew for each episode
     if saved:
@@ -522,7 +524,7 @@ def main(args):
         task.load(saved["task"])
         explore.load(saved["explore"])
         replay.load(run_dir / "replay", saved["replay_files"], saved["replay_added"])
-        updates, begin, finished, policy_metrics = saved["update"], saved["step"], saved["finished"], saved["policy_metrics"]
+        updates, begin, awake, finished, policy_metrics = (saved[k] for k in ("update", "step", "awake", "finished", "policy_metrics"))
         action = saved["action"].cpu().numpy()
         restore_rng(saved["rng"])
     new_episodes = True
@@ -542,7 +544,7 @@ def main(args):
             who = collectors
         else:
             who = np.full(args.n_envs, EXPLORE if args.collect == "explore" else TASK)
-        action = held_noise(action, args.hold, gain=2.0)
+        action = held_noise(action, args.hold, args.gain)
         for collector, actor_critic in ((EXPLORE, explore), (TASK, task)):
             if (who == collector).any():
                 chosen = Policy(sizes, draw, actor_critic.actor)(obs["image"], obs["vector"])
@@ -592,7 +594,8 @@ def main(args):
                     metrics["collect/episode_return"] = np.mean(finished)
                     finished = []
                 shown = logger.log(updates, metrics)
-                logger.warn(updates > 2000 and shown["world_model/kl"] < 1.01, "the KL stays at its free nat, so the latent says nothing: raise "
+                awake = awake or shown["world_model/kl"] > 1.5
+                logger.warn(updates > 2000 and not awake and shown["world_model/kl"] < 1.01, "the KL stays at its free nat, so the latent says nothing: raise "
                             "--image-scale and --vector-scale")
                 logger.warn(shown.get("task/entropy", 0) < -0.8 * sizes.action_size, "the task policy's entropy is at its floor: raise --entropy or "
                             "--return-floor, or lower --actor-lr")  # the actor's smallest deviation, 0.1, has an entropy of -0.88 per action

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
-import imageio
 import numpy as np
 import torch
 import tyro
@@ -35,9 +34,9 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, Interrupt, Logger, Policy, UserError, check_range, check_sizes, held_noise, kl_categorical, load_checkpoint,
+from common import (Actor, Interrupt, Logger, Policy, UserError, check_range, check_sizes, fingerprint, held_noise, kl_categorical, load_checkpoint,
                     load_dataset, load_draw, load_module, load_policy, load_state, make_envs, mix, mlp, pick_device, restore_rng, sample_onehot,
-                    save_checkpoint, save_dataset, save_state, seed_everything, softmax, stop_if_diverged, unimix, write_atomically)  # fmt: skip
+                    save_checkpoint, save_dataset, save_state, seed_everything, stop_if_diverged, unimix, write_atomically)  # fmt: skip
 from draw_pretrain import open_loop, reconstruction_errors
 
 
@@ -72,6 +71,8 @@ class Args:
     """share of the steps, in held stretches, whose action is random instead"""
     hold: float = 8.0
     """mean number of steps that a random action is held"""
+    gain: float = 1.0
+    """random actions of every other environment are uniform over [-gain, gain], clipped to [-1, 1]; the others' over [-1, 1]"""
     episode_steps: Optional[int] = None
     """time limit while collecting (default: the environment's)"""
     n_envs: int = 4
@@ -103,7 +104,7 @@ class Args:
 PRESETS = {
     "laptop": (
         "minutes on two CPU cores",
-        Args(checkpoint=tyro.MISSING, collect_policy="random", hold=16.0, episode_steps=60, hidden=512, lr=2e-3, updates=6000, batch=64, length=8,
+        Args(checkpoint=tyro.MISSING, collect_policy="random", hold=16.0, gain=2.0, episode_steps=60, hidden=512, lr=2e-3, updates=6000, batch=64, length=8,
              log_every=500, save_every=1000),
     ),  # fmt: skip
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING)),
@@ -211,7 +212,7 @@ def collect(args, envs, policy):
     rows = {k: [] for k in ("image", "vector", "action", "is_first", "is_last", "is_terminal")}
     first, last, terminal = np.ones(n, bool), np.zeros(n, bool), np.zeros(n, bool)
     noise, noisy = np.zeros((n, A), np.float32), np.zeros(n, bool)
-    gain = np.where(np.arange(n) % 2, 2.0, 1.0)[:, None]  # every other environment is driven hard: both small and full actions are needed
+    gain = np.where(np.arange(n) % 2, args.gain, 1.0)[:, None]  # the residual needs both small and full actions
     for _ in tqdm(range(args.collect_steps // n), desc="collecting", unit="step", unit_scale=n, mininterval=1.0):
         redraw = np.random.rand(n) < 1.0 / args.hold
         noisy = np.where(redraw, np.random.rand(n) < args.collect_noise, noisy)
@@ -237,6 +238,8 @@ def split_episodes(is_first, holdout, length, seed):
         raise UserError("the dataset holds one episode, so none can be held out; record at least two")
     held_out = np.isin(episode, np.random.default_rng(seed).permutation(n)[: max(1, round(holdout * n))])
     rows = {"train": np.flatnonzero(~held_out), "held-out": np.flatnonzero(held_out)}
+    if min((~is_first[r]).sum() for r in rows.values()) == 0:
+        raise UserError("every episode of the training or of the held-out part has one row, so nothing is to be predicted; record longer ones")
     if min(map(len, rows.values())) < length:
         raise UserError(f"too little data for sequences of --length {length}: { {k: len(v) for k, v in rows.items()} } rows")
     return rows
@@ -245,7 +248,7 @@ def split_episodes(is_first, holdout, length, seed):
 # ---- How did it go? ------------------------------------------------------------------------------
 
 HORIZONS = 1, 5, 15, 40  # steps ahead at which the open-loop error is told
-PLATEAU = 1.4  # held-out KL / the source's own; measured on the pendulum: a good residual 1.1, none 1.8
+PLATEAU = 1.7  # held-out KL / the source's own; measured on the pendulum: a good residual 1.1 to 1.3, none 1.9 to 2.7
 DRIFT = 0.1  # share of the target's frames beyond the source's 1 or 99 % quantile; 0.01 if nothing changed, room for other states to be visited
 
 
@@ -377,6 +380,7 @@ def picture(frames):
 def main(args):
     if (args.dataset is None) == (args.target_env_id is None):
         raise UserError("give --dataset, or --target-env-id to collect one, not both")
+    check_range(args, 1e-9, 10**9, "gain")
     check_range(args, 1, 10**12, "hold", "episode_steps", "log_every", "save_every")
     check_range(args, 1e-9, 1, "lr")
     check_range(args, 1, 65536, "n_envs", "batch", "hidden", "layers", "members")
@@ -391,8 +395,16 @@ def main(args):
     checkpoint = load_checkpoint(args.checkpoint, ("draw_pretrain",), device)
     draw = load_draw(checkpoint, device)
     sizes = draw.sizes
+    try:  # the yardsticks of the report, looked at before the training
+        source = checkpoint.get("source_range")
+        table = np.array([[source["kl"]] * 3] + [source[k] for k in ("image error", "vector error", "posterior entropy")] if source else 1.0, float)
+        if not np.isfinite(table).all() or (source and (table.shape != (4, 3) or source["kl"] <= 0)):
+            raise ValueError(table)
+    except (TypeError, KeyError, ValueError, AttributeError) as e:
+        raise UserError(f"{args.checkpoint} is damaged: its source_range makes no sense ({type(e).__name__})") from e
     run_dir = Path(args.run_dir or f"runs/adapt-{args.method}-{args.seed}")
-    saved = load_state(run_dir / "state.pt", args, device) if args.resume else None
+    inputs = fingerprint(args.checkpoint, *[args.dataset] * bool(args.dataset))
+    saved = load_state(run_dir / "state.pt", args, device, inputs) if args.resume else None
     path = run_dir / "dataset.npz" if args.dataset is None else args.dataset
     if args.dataset or saved:
         dataset = load_dataset(path, sizes.image_size, sizes.vector_size, sizes.action_size)
@@ -461,15 +473,15 @@ def main(args):
     bar = tqdm(total=args.updates if optimizer else 0, initial=update, unit="update", mininterval=1.0)
     while True:
         if update % args.save_every == 0 or update == args.updates or interrupt.asked:
-            save_state(run_dir / "state.pt", args, logger, update=update, best=best, draw=draw.state_dict(), rectified=rectified.state_dict(),
-                       optimizer=optimizer.state_dict() if optimizer else None)  # fmt: skip
+            save_state(run_dir / "state.pt", args, logger, update=update, purge_step=update, inputs=inputs, best=best, draw=draw.state_dict(),
+                       rectified=rectified.state_dict(), optimizer=optimizer.state_dict() if optimizer else None)  # fmt: skip
             if interrupt.asked:
                 interrupt.stop(f"saved after {update} updates")
         if update % args.log_every == 0 or update == args.updates:
             kl = {part: mean_kl(part) for part in rows}
             logger.log(update, {f"adapt/kl_{part}": v for part, v in kl.items()})
             bar.set_postfix_str(f"KL train {before['train']:.2f} -> {kl['train']:.2f}, held-out {before['held-out']:.2f} -> {kl['held-out']:.2f}")
-            if kl["held-out"] < best:
+            if not kl["held-out"] >= best:
                 best = kl["held-out"]
                 save("best.pt")
         if optimizer is None or update == args.updates:
@@ -501,7 +513,7 @@ def main(args):
     write_atomically(run_dir / "report.txt", lambda file: file.write(text.encode()))
     write_atomically(run_dir / "result.json", lambda file: file.write(json.dumps(figures, indent=1).encode()))
     logger.video(update, "prediction", np.stack([picture(film[:, :, t]) for t in range(film.shape[2])]), fps=8)
-    imageio.imwrite(run_dir / "prediction.png", picture(film[:, 0, ::5]))
+    write_atomically(run_dir / "prediction.png", lambda file: Image.fromarray(picture(film[:, 0, ::5])).save(file, "PNG"))
     logger.close()
     print(text, end="")
     print(f"wrote best.pt, last.pt, report.txt, prediction.gif and .png in {run_dir} after {time.time() - start_time:.0f} s")

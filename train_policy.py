@@ -36,7 +36,7 @@ from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, Critic, Interrupt, Logger, Policy, UserError, check_range, check_sizes, load_checkpoint, load_dataset,
+from common import (Actor, Critic, Interrupt, Logger, Policy, UserError, check_range, check_sizes, fingerprint, load_checkpoint, load_dataset,
                     load_draw, load_state, make_envs, pick_device, restore_rng, sample_onehot, save_checkpoint, save_state, seed_everything, softmax,
                     stop_if_diverged, twohot_log_prob, twohot_mean, write_atomically)  # fmt: skip
 from redraw_adapt import encode_dataset, load_rectified
@@ -153,7 +153,8 @@ def main(args):
             raise UserError(f"{env_id} has no time limit, an evaluation might not end; register it with max_episode_steps")
         envs.close()
     run_dir = Path(args.run_dir or f"runs/policy-{args.seed}")
-    saved = load_state(run_dir / "state.pt", args, device) if args.resume else None
+    inputs = fingerprint(args.checkpoint, args.dataset)
+    saved = load_state(run_dir / "state.pt", args, device, inputs) if args.resume else None
     logger = Logger(run_dir, args, saved)
 
     # The encoder is frozen: each frame is encoded once, and no update touches an image.
@@ -176,14 +177,17 @@ def main(args):
 
     modules = {"actor": actor, "critic": critic, "slow_critic": slow_critic, "actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
 
+    def film(update, env_id, frames):
+        logger.video(update, env_id.split("/")[-1].split(":")[-1], frames[::2].repeat(4, 1).repeat(4, 2))
+
     def weights():  # all that an update changes
         return {name: module.state_dict() for name, module in modules.items()} | {"range_ema": range_ema}
 
-    begin, start_time = 0, time.time()
+    begin, most, start_time = 0, 0.0, time.time()
     if saved:
         for name, module in modules.items():
             module.load_state_dict(saved[name])
-        range_ema, begin = saved["range_ema"], saved["update"]
+        range_ema, begin, most = saved["range_ema"], saved["update"], saved["most"]
         restore_rng(saved["rng"])
     interrupt.waits = True
     bar = tqdm(range(begin + 1, args.updates + 1), initial=begin, total=args.updates, unit="update", mininterval=1.0)
@@ -266,7 +270,8 @@ def main(args):
             shown = logger.log(update, metrics)
             logger.warn(shown["policy/entropy"] < -0.8 * sizes.action_size, "the policy's entropy is at its floor: it has stopped exploring; try a larger "
                         "--entropy or --return-floor, or a smaller --lr")  # the actor's smallest deviation, 0.1, has an entropy of -0.88 per action
-            logger.warn(shown["policy/scale"] > max(args.return_floor, 4 * float(reward.abs().max()) / (1 - args.gamma)), "the returns spread wider than the "
+            most = max(most, float(reward.abs().max()) / (1 - args.gamma))  # no return is larger
+            logger.warn(shown["policy/scale"] > max(args.return_floor, 4 * most), "the returns spread wider than the "
                         "rewards allow: the critic is running away; try a smaller --lr")  # fmt: skip
             bar.set_postfix_str(
                 f"imagined return {shown['policy/imagined_return']:.1f} reward {shown['policy/imagined_reward']:.3f} "
@@ -274,12 +279,13 @@ def main(args):
             )
         if args.eval_every and update % args.eval_every == 0 and update < args.updates:
             for env_id in args.eval_env_ids:
-                returns, _ = evaluate(env_id, policy, args.eval_episodes, args.seed + 20_000, sizes.image_size)
+                returns, frames = evaluate(env_id, policy, args.eval_episodes, args.seed + 20_000, sizes.image_size)
+                film(update, env_id, frames)
                 logger.log(update, {f"eval/{env_id}": returns.mean()})
                 bar.write(f"update {update}: {env_id} return {returns.mean():.1f}")
 
         if update % args.save_every == 0 or update == args.updates or interrupt.asked:
-            save_state(run_dir / "state.pt", args, logger, update=update, **weights())
+            save_state(run_dir / "state.pt", args, logger, update=update, purge_step=update + 1, inputs=inputs, most=most, **weights())
             if interrupt.asked:
                 interrupt.stop(f"saved after {update} updates")
 
@@ -292,7 +298,7 @@ def main(args):
         mean, half = mean_and_interval(returns)
         results[env_id] = {"mean": mean, "ci95": half, "returns": returns.tolist()}
         logger.log(args.updates, {f"eval/{env_id}": mean})
-        logger.video(args.updates, env_id.split("/")[-1].split(":")[-1], frames[::2].repeat(4, 1).repeat(4, 2))
+        film(args.updates, env_id, frames)
         print(f"{env_id}: return {mean:.1f} +- {half:.1f} (95 % interval, {args.eval_episodes} episodes)")
     write_atomically(run_dir / "eval.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
     logger.close()

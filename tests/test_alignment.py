@@ -53,9 +53,9 @@ def test_rows_and_starts_of_stage_1(monkeypatch, tmp_path, collect):
         batches.append((z, data["is_terminal"]))
         return out, metrics, (embed, z, sigma)
 
-    def recorded_update(self, draw, z, sigma, weight, reward_fn):
+    def recorded_update(self, draw, z, sigma, weight, reward_fn, check):
         starts.append((z, sigma[:, 0, 0].long(), weight))
-        return update(self, draw, z, sigma, weight, reward_fn)
+        return update(self, draw, z, sigma, weight, reward_fn, check)
 
     monkeypatch.setattr(draw_pretrain, "world_model_loss", numbered_loss)
     monkeypatch.setattr(draw_pretrain.ActorCritic, "update", recorded_update)
