@@ -24,6 +24,7 @@ a video of one episode per environment.
 
 import dataclasses
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,8 @@ class Args:
     lam: float = 0.95
     entropy: float = 3e-4
     lr: float = 3e-5
+    decay: bool = False
+    """let the learning rate fall to zero over the run, along a cosine, so that a short run ends on a policy that has settled"""
     return_floor: float = 1.0
     """least scale that advantages are divided by; sparse rewards and short runs want a smaller one"""
     actor_grad: Literal["reinforce", "dynamics"] = "reinforce"
@@ -92,8 +95,8 @@ class Args:
 PRESETS = {
     "laptop": (
         "minutes on two CPU cores",
-        Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING, updates=4000, batch=64, length=2, rewarded=0.03, horizon=15, gamma=0.99, lr=5e-4, return_floor=0.01,
-             eval_every=0, eval_episodes=40),
+        Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING, updates=3000, batch=64, length=2, rewarded=0.1, horizon=15, gamma=0.99, lr=5e-4, decay=True,
+             return_floor=0.01, eval_every=0, eval_episodes=40),
     ),  # fmt: skip
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING)),
 }
@@ -192,6 +195,9 @@ def main(args):
     interrupt.waits = True
     bar = tqdm(range(begin + 1, args.updates + 1), initial=begin, total=args.updates, unit="update", mininterval=1.0)
     for update in bar:
+        lr = args.lr * (0.5 + 0.5 * math.cos(math.pi * (update - 1) / args.updates)) if args.decay else args.lr
+        for opt in (actor_optimizer, critic_optimizer):
+            opt.param_groups[0]["lr"] = lr
         # Starts: posterior states (z, sigma) of replayed sequences; sigma is the rectified belief.
         with torch.no_grad():
             start = torch.randint(0, len(is_first) - args.length + 1, (args.batch,), device=device)
