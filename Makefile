@@ -66,7 +66,7 @@ test-duckiebot: .venv/duckietown
 # rest, one thread each, and writes what it has to say into target.log.
 demo: export OMP_NUM_THREADS ?= 1
 demo: .venv/installed
-	@$(MAKE) --no-print-directory -j2 $(RUNS)/adapted-policy/done $(RUNS)/target-policy/done
+	@$(MAKE) --no-print-directory -j2 $(RUNS)/source-policy/done $(RUNS)/adapted-policy/done $(RUNS)/target-policy/done
 	$(PY) docs/demo_table.py --seed $(SEED) --runs $(RUNS) --source $(SOURCE) --target $(TARGET)
 
 # stage 1: the world model, in the source
