@@ -115,11 +115,13 @@ def evaluate(env_id, policy, episodes, seed, image_size=None):
     while len(returns) < episodes:
         obs, _ = envs.reset(seed=seed + len(returns))
         total, running, first = np.zeros(n), np.ones(n, bool), not returns
+        if first:
+            frames.append(obs["image"][0].copy())
         while running.any():
-            if first and running[0]:
-                frames.append(obs["image"][0].copy())
             obs, reward, terminated, truncated, _ = envs.step(np.clip(policy(obs["image"], obs["vector"]), -1, 1))
             total += reward * running
+            if first and running[0]:
+                frames.append(obs["image"][0].copy())
             running &= ~(terminated | truncated)
         returns += total.tolist()
     envs.close()

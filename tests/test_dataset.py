@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import TINY, Booby, random_rows, user_error
 
+import draw_pretrain
 from common import load_dataset, save_dataset, write_atomically
 from draw_pretrain import Replay
 
@@ -220,8 +221,9 @@ def test_replay_draws_rewarded_sequences(added):
 
 
 @pytest.mark.parametrize("added", [10, 27])
-def test_replay_saves_a_dataset(tmp_path, added):
-    filled_replay(40, added).save(tmp_path, rows_per_file=4)
+def test_replay_saves_a_dataset(tmp_path, monkeypatch, added):
+    monkeypatch.setattr(draw_pretrain, "ROWS_PER_FILE", 4)
+    filled_replay(40, added).save(tmp_path)
     data = load_dataset(tmp_path)
     n = min(added, 20)
     expected = np.arange(added - n, added)
@@ -229,4 +231,4 @@ def test_replay_saves_a_dataset(tmp_path, added):
     assert np.array_equal(data["vector"][:, 0], np.repeat([0, 1], n))
     firsts = np.concatenate([np.load(f)["reward"][:1] for f in sorted(tmp_path.glob("*.npz"))])
     assert data["reward"][data["is_first"]].tolist() == firsts.tolist()  # each file's first row
-    assert len(firsts) == 2 * -(-n // 4)
+    assert len(firsts) == 2 * (-(-added // 4) - (added - n) // 4)

@@ -203,3 +203,10 @@ def test_held_noise_holds():
     assert action.std() == pytest.approx(1 / 3**0.5, rel=0.05)  # uniform in [-1, 1]
     full = np.abs(held_noise(action, hold=1.0, gain=2.0)) == 1
     assert full.mean() == pytest.approx(0.5, abs=0.06)  # half of the draws on a bound
+
+
+@pytest.mark.parametrize("episodes", [2, 20, 23])
+def test_evaluate_runs_as_many_episodes_as_asked(episodes):
+    """twenty at a time, each from a start of its own"""
+    returns, frames = evaluate("toy_env:Toy-v0", lambda image, vector: np.zeros((len(vector), 1), np.float32), episodes=episodes, seed=7)
+    assert returns.shape == (episodes,) and len(set(returns)) == episodes and len(frames) == 11
