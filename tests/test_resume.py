@@ -295,6 +295,7 @@ def test_resume_notices_another_checkpoint(flags, undisturbed, tmp_path):
     module, stage_flags = flags["train_policy"]
     run_dir = tmp_path / "run"
     shutil.copytree(undisturbed["train_policy"][0], run_dir)
+    torch.manual_seed(5)
     other = save_tiny_draw(tmp_path / "draw.pt")  # of the same name and size, other weights
     at = stage_flags.index("--checkpoint") + 1
     state = load_checkpoint(run_dir / "state.pt", ("state",))
