@@ -777,7 +777,6 @@ class Logger:
 
         gif = imageio.v3.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)
         write_atomically(self.dir / f"{name}.gif", lambda file: file.write(gif))
-        # TensorBoard shows a GIF moving
         image = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=gif)
         self.tensorboard.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 

@@ -32,10 +32,9 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from common import (DRAW, Actor, Critic, Interrupt, Logger, Policy, Sizes, UserError, check_range, held_noise, kl_categorical,
-                    load_state, make_envs, mix, mlp, pick_device, read_npz, restore_rng, sample_onehot, save_checkpoint, save_dataset, save_state,
-                    seed_everything, softmax, stop_if_diverged, symlog, twohot_log_prob,
-                    twohot_mean, unimix)  # fmt: skip
+from common import (DRAW, Actor, Critic, Interrupt, Logger, Policy, Sizes, UserError, check_range, held_noise, kl_categorical, load_state,
+                    make_envs, mix, mlp, pick_device, read_npz, restore_rng, sample_onehot, save_checkpoint, save_dataset, save_state,
+                    seed_everything, softmax, stop_if_diverged, symlog, twohot_log_prob, twohot_mean, unimix)  # fmt: skip
 
 
 @dataclass
@@ -332,6 +331,7 @@ class ActorCritic:
         self.actor, self.critic, self.slow_critic = Actor(sizes).to(device), Critic(sizes).to(device), Critic(sizes).to(device)
         self.slow_critic.load_state_dict(self.critic.state_dict())
         self.optimizer = torch.optim.Adam([*self.actor.parameters(), *self.critic.parameters()], lr=args.actor_lr, eps=1e-5, fused=True)
+        self.modules = {"actor": self.actor, "critic": self.critic, "slow_critic": self.slow_critic, "optimizer": self.optimizer}
         self.scale = torch.zeros((), device=device)
 
     def update(self, draw, z, sigma, weight, reward_fn, check=None):
@@ -399,12 +399,11 @@ class ActorCritic:
 
     def state(self):
         """Everything that an update changes, for --resume"""
-        modules = {"actor": self.actor, "critic": self.critic, "slow_critic": self.slow_critic, "optimizer": self.optimizer}
-        return {k: v.state_dict() for k, v in modules.items()} | {"scale": self.scale}
+        return {name: module.state_dict() for name, module in self.modules.items()} | {"scale": self.scale}
 
     def load(self, state):
-        for name in ("actor", "critic", "slow_critic", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
+        for name, module in self.modules.items():
+            module.load_state_dict(state[name])
         self.scale = state["scale"]
 
 
@@ -493,9 +492,10 @@ def main(args):
     def explore_reward(z, sigma, action, z_next):
         return ensemble.disagreement(sigma, z, action)
 
+    modules = {"draw": draw, "ensemble": ensemble, "optimizer": optimizer, "ensemble_optimizer": ensemble_optimizer}
+
     def weights():  # all that an update changes
-        modules = {"draw": draw, "ensemble": ensemble, "optimizer": optimizer, "ensemble_optimizer": ensemble_optimizer}
-        return {k: v.state_dict() for k, v in modules.items()} | {"task": task.state(), "explore": explore.state()}
+        return {name: module.state_dict() for name, module in modules.items()} | {"task": task.state(), "explore": explore.state()}
 
     def check(terms, batch):
         stop_if_diverged(run_dir, updates, terms, batch=batch, weights=weights)
@@ -519,7 +519,7 @@ def main(args):
     action = np.zeros((args.n_envs, sizes.action_size), np.float32)
     collectors = np.full(args.n_envs, RANDOM)  # per environment, drawn anew for each episode
     if saved:
-        for name, module in (("draw", draw), ("ensemble", ensemble), ("optimizer", optimizer), ("ensemble_optimizer", ensemble_optimizer)):
+        for name, module in modules.items():
             module.load_state_dict(saved[name])
         task.load(saved["task"])
         explore.load(saved["explore"])

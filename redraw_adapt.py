@@ -395,13 +395,15 @@ def main(args):
     checkpoint = load_checkpoint(args.checkpoint, ("draw_pretrain",), device)
     draw = load_draw(checkpoint, device)
     sizes = draw.sizes
-    try:  # the yardsticks of the report, looked at before the training
-        source = checkpoint.get("source_range")
-        table = np.array([[source["kl"]] * 3] + [source[k] for k in ("image error", "vector error", "posterior entropy")] if source else 1.0, float)
-        if not np.isfinite(table).all() or (source and (table.shape != (4, 3) or source["kl"] <= 0)):
-            raise ValueError(table)
-    except (TypeError, KeyError, ValueError, AttributeError) as e:
-        raise UserError(f"{args.checkpoint} is damaged: its source_range makes no sense ({type(e).__name__})") from e
+    source = checkpoint.get("source_range")  # the yardsticks of the report; None of an unfinished stage 1
+    if source is not None:  # looked at before the training, not after it
+        try:
+            quantiles = np.array([source["image error"], source["vector error"], source["posterior entropy"]], float)
+            sane = quantiles.shape == (3, 3) and np.isfinite(quantiles).all() and 0 < source["kl"] < np.inf
+        except (TypeError, KeyError, ValueError):
+            sane = False
+        if not sane:
+            raise UserError(f"{args.checkpoint} is damaged: its source_range makes no sense; make one with draw_pretrain.py")
     run_dir = Path(args.run_dir or f"runs/adapt-{args.method}-{args.seed}")
     inputs = fingerprint(args.checkpoint, *[args.dataset] * bool(args.dataset))
     saved = load_state(run_dir / "state.pt", args, device, inputs) if args.resume else None
@@ -427,7 +429,7 @@ def main(args):
         save_dataset(path, dataset)
         rows = split_episodes(dataset["is_first"], args.holdout, args.length, args.seed)
 
-    # Each frame is encoded once, ever; from here on no image is touched.
+    # Each frame is encoded once, ever; no update touches an image, only the report at the end does.
     posterior = encode_dataset(draw, dataset, device)  # log q(z_t | x_t), (N, S, K)
     action = torch.from_numpy(dataset["action"]).to(device)  # (N, A)
     is_first = torch.from_numpy(dataset["is_first"]).to(device)  # (N,)
@@ -504,9 +506,9 @@ def main(args):
     # How it went, of best.pt, which is what stage 3 is to be given
     saved = load_checkpoint(run_dir / "best.pt", ("redraw_adapt",), device)
     base, adapted = Rectified(load_draw(checkpoint, device)), load_rectified(saved, load_draw(saved, device), device)
-    figures = {"episodes": int(is_first.sum()), "rows": len(is_first), "update": saved["updates"], "source": checkpoint.get("source_range"),
+    figures = {"episodes": int(is_first.sum()), "rows": len(is_first), "update": saved["updates"], "source": source,
                "before": before, "last": kl, "best": {part: mean_kl(part, adapted) for part in rows}}  # fmt: skip
-    more, film = diagnose(draw, base, adapted, dataset, posterior, rows["held-out"], figures["source"])
+    more, film = diagnose(draw, base, adapted, dataset, posterior, rows["held-out"], source)
     figures |= more
     figures["verdicts"] = verdicts(figures, args.method)
     text = report(figures, args.method)
