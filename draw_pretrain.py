@@ -39,40 +39,26 @@ from common import (DRAW, Actor, Critic, Interrupt, Logger, Policy, Sizes, UserE
 
 @dataclass
 class Args:
-    env_id: str = "redraw/PendulumSwingup-v0"
-    """source environment, a Gymnasium id, also as module:id"""
-    run_dir: Optional[str] = None
-    """folder for everything this run writes (default: runs/pretrain-ENV-SEED)"""
-    overwrite: bool = False
-    """start anew in a folder that holds a run already"""
-    resume: bool = False
-    """go on from the last save of the run in run_dir, given the same flags; without one, start"""
-    save_every: int = 20_000
-    """agent steps between two saves; each ends the running episodes, so that the environments need no saving"""
+    env_id: str = "redraw/PendulumSwingup-v0"  # source environment, a Gymnasium id, also as module:id
+    run_dir: Optional[str] = None  # folder for everything this run writes (default: runs/pretrain-ENV-SEED)
+    overwrite: bool = False  # start anew in a folder that holds a run already
+    resume: bool = False  # go on from the last save of the run in run_dir, given the same flags; without one, start
+    save_every: int = 20_000  # agent steps between two saves, each of which ends the running episodes
     seed: int = 1
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    track: bool = False
-    """log to Weights & Biases too"""
+    device: str = "auto"  # auto, cpu or cuda
+    track: bool = False  # log to Weights & Biases too
 
     # data
-    steps: int = 9_000_000
-    """agent steps, summed over the environments"""
+    steps: int = 9_000_000  # agent steps, summed over the environments
     n_envs: int = 4
-    episode_steps: Optional[int] = None
-    """time limit of the training episodes (default: the environment's); short ones see more start states"""
-    image_size: int = 64
-    """pixels, for this project's environments"""
+    episode_steps: Optional[int] = None  # time limit while training (default: the environment's); short episodes see more start states
+    image_size: int = 64  # pixels, for this project's environments
+    # which policy collects: Plan2Explore, the task's, random actions, or a third of the episodes each
     collect: Literal["explore", "task", "random", "mixed"] = "explore"
-    """which policy collects: Plan2Explore, the task's, random actions, or a third of the episodes each"""
-    prefill: int = 1024
-    """random steps before the first update"""
-    hold: float = 1.0
-    """mean number of steps that a random action is held"""
-    gain: float = 1.0
-    """random actions are uniform over [-gain, gain], clipped to [-1, 1]; with 2, half of them have full force"""
-    replay_size: int = 1_000_000
-    """rows kept"""
+    prefill: int = 1024  # random steps before the first update
+    hold: float = 1.0  # mean number of steps that a random action is held
+    gain: float = 1.0  # random actions are uniform over [-gain, gain], clipped to [-1, 1]; with 2, half have full force
+    replay_size: int = 1_000_000  # rows kept
 
     # world model
     S: int = 256
@@ -82,55 +68,37 @@ class Args:
     vector_layers: int = 5
     units: int = 512
     actor_units: int = 512
-    batch: int = 16
-    """B, sequences per update"""
-    length: int = 64
-    """T, steps per sequence"""
-    rewarded: float = 0.0
-    """share of the sequences that hold a reward; if it is rare, few updates would see any"""
-    train_every: float = 2.0
-    """agent steps per update"""
+    batch: int = 16  # B, sequences per update
+    length: int = 64  # T, steps per sequence
+    rewarded: float = 0.0  # share of the sequences that hold a reward; if it is rare, few updates would see any
+    train_every: float = 2.0  # agent steps per update
     lr: float = 1e-4
-    warmup: int = 0
-    """updates over which the learning rate rises from 0"""
-    decay: bool = False
-    """let the learning rate fall to a tenth over the run, along a cosine"""
-    image_scale: float = 1.0
-    """weight of the image loss; it is summed over pixels, so small images want a larger one"""
-    vector_scale: float = 1.0
-    """weight of the vector loss"""
-    reward_scale: float = 1.0
-    """weight of the reward loss"""
-    soft_updates: int = 0
-    """updates over which the latent fades from probabilities to samples; shortens the blurred phase"""
+    warmup: int = 0  # updates over which the learning rate rises from 0
+    decay: bool = False  # let the learning rate fall to a tenth over the run, along a cosine
+    image_scale: float = 1.0  # weight of the image loss; it is summed over pixels, so small images want a larger one
+    vector_scale: float = 1.0  # weight of the vector loss
+    reward_scale: float = 1.0  # weight of the reward loss
+    soft_updates: int = 0  # updates over which the latent fades from probabilities to samples; shortens the blurred phase
 
     # imagination
-    horizon: int = 40
-    """H"""
-    starts: int = 1024
-    """imagined trajectories per update, at most batch * length"""
+    horizon: int = 40  # H
+    starts: int = 1024  # imagined trajectories per update, at most batch * length
+    # world-model updates before the first actor-critic update: a policy trained on a blurred model learns its errors;
+    # until then random actions collect
     policy_start: int = 0
-    """world-model updates before the first actor-critic update; a policy trained on a blurred model learns its errors;
-    until then random actions collect"""
-    policy_every: int = 1
-    """world-model updates per update of the task's actor-critic"""
-    explore_every: int = 1
-    """the same for the exploration actor-critic"""
+    policy_every: int = 1  # world-model updates per update of the task's actor-critic
+    explore_every: int = 1  # the same for the exploration actor-critic
     gamma: float = 1 - 1 / 333
     lam: float = 0.95
     entropy: float = 3e-4
     actor_lr: float = 3e-5
-    return_floor: float = 1.0
-    """least scale that the task's advantages are divided by; sparse rewards and short runs want a smaller one"""
+    return_floor: float = 1.0  # least scale that the task's advantages are divided by; sparse rewards and short runs want less
+    # how the task's actor learns: REINFORCE, or the return's gradient through the dynamics (straight-through)
     actor_grad: Literal["reinforce", "dynamics"] = "reinforce"
-    """how the task's actor learns: REINFORCE, or the return's gradient through the dynamics (straight-through)"""
-    ensemble: int = 8
-    """members"""
-    ensemble_target: int = 0
-    """the members predict a fixed random projection of the embedding to so many numbers (0: all of it)"""
+    ensemble: int = 8  # members
+    ensemble_target: int = 0  # the members predict a random projection of the embedding to so many numbers (0: all of it)
 
-    log_every: int = 100
-    """updates between two lines in the logs"""
+    log_every: int = 100  # updates between two lines in the logs
 
 
 PRESETS = {

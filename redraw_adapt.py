@@ -42,63 +42,39 @@ from draw_pretrain import open_loop, reconstruction_errors
 
 @dataclass
 class Args:
-    checkpoint: str
-    """draw.pt of stage 1"""
-    dataset: Optional[str] = None
-    """target data, .npz or a folder of them; without it, data is collected in --target-env-id"""
-    run_dir: Optional[str] = None
-    """folder for everything this run writes (default: runs/adapt-METHOD-SEED)"""
-    overwrite: bool = False
-    """start anew in a folder that holds a run already"""
-    resume: bool = False
-    """go on from the last save of the run in run_dir, given the same flags; without one, start"""
-    save_every: int = 10_000
-    """updates between two saves"""
+    checkpoint: str  # draw.pt of stage 1
+    dataset: Optional[str] = None  # target data, .npz or a folder of them; without it, data is collected in --target-env-id
+    run_dir: Optional[str] = None  # folder for everything this run writes (default: runs/adapt-METHOD-SEED)
+    overwrite: bool = False  # start anew in a folder that holds a run already
+    resume: bool = False  # go on from the last save of the run in run_dir, given the same flags; without one, start
+    save_every: int = 10_000  # updates between two saves
     seed: int = 1
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    track: bool = False
-    """log to Weights & Biases too"""
+    device: str = "auto"  # auto, cpu or cuda
+    track: bool = False  # log to Weights & Biases too
 
     # collecting, where the target is a simulator
-    target_env_id: Optional[str] = None
-    """a Gymnasium id, also as module:id"""
-    collect_steps: int = 40_000
-    """rows of the dataset"""
+    target_env_id: Optional[str] = None  # a Gymnasium id, also as module:id
+    collect_steps: int = 40_000  # rows of the dataset
+    # zero-shot (the source's task policy), random, explore (the source's exploration policy), or a policy checkpoint
     collect_policy: str = "zero-shot"
-    """zero-shot (the source's task policy), random, explore (the source's exploration policy), or a policy checkpoint"""
-    collect_noise: float = 0.0
-    """share of the steps, in held stretches, whose action is random instead"""
-    hold: float = 8.0
-    """mean number of steps that a random action is held"""
-    gain: float = 1.0
-    """random actions of every other environment are uniform over [-gain, gain], clipped to [-1, 1]; the others' over [-1, 1]"""
-    episode_steps: Optional[int] = None
-    """time limit while collecting (default: the environment's)"""
+    collect_noise: float = 0.0  # share of the steps, in held stretches, whose action is random instead
+    hold: float = 8.0  # mean number of steps that a random action is held
+    gain: float = 1.0  # in every other environment random actions are uniform over [-gain, gain], clipped; in the others over [-1, 1]
+    episode_steps: Optional[int] = None  # time limit while collecting (default: the environment's)
     n_envs: int = 4
 
-    # the residual
+    # residual: u = f + e (ReDRAW); replace: u = e, a new dynamics function of the residual's capacity; finetune: f itself; none: zero-shot
     method: Literal["residual", "replace", "finetune", "none"] = "residual"
-    """residual: u = f + e (ReDRAW); replace: u = e, a new dynamics function of the residual's capacity;
-    finetune: f itself; none: zero-shot"""
-    hidden: int = 256
-    """units of the residual's hidden layer"""
-    layers: int = 1
-    """its hidden layers"""
-    use_sigma: bool = False
-    """let the residual see sigma_{t-1} too; the authors found that without is better"""
-    members: int = 1
-    """residuals trained side by side, whose corrections are averaged"""
+    hidden: int = 256  # units of the residual's hidden layer
+    layers: int = 1  # its hidden layers
+    use_sigma: bool = False  # let the residual see sigma_{t-1} too; the authors found that without is better
+    members: int = 1  # residuals trained side by side, whose corrections are averaged
     lr: float = 1e-2
     updates: int = 3_000_000
-    batch: int = 16
-    """B, sequences per update"""
-    length: int = 64
-    """T, steps per sequence"""
-    holdout: float = 0.1
-    """share of the episodes kept out of training"""
-    log_every: int = 1000
-    """updates between two evaluations on train and held-out episodes"""
+    batch: int = 16  # B, sequences per update
+    length: int = 64  # T, steps per sequence
+    holdout: float = 0.1  # share of the episodes kept out of training
+    log_every: int = 1000  # updates between two evaluations on train and held-out episodes
 
 
 PRESETS = {

@@ -45,51 +45,33 @@ from redraw_adapt import encode_dataset, load_rectified
 
 @dataclass
 class Args:
-    checkpoint: str
-    """draw.pt of stage 1, or best.pt / last.pt of stage 2"""
-    dataset: str
-    """start states: a .npz file or a folder of them, e.g. runs/source/replay or runs/adapted/dataset.npz;
-    its rewards are not used"""
-    eval_env_ids: Tuple[str, ...] = ()
-    """environments to evaluate in, Gymnasium ids, also as module:id"""
-    run_dir: Optional[str] = None
-    """folder for everything this run writes (default: runs/policy-SEED)"""
-    overwrite: bool = False
-    """start anew in a folder that holds a run already"""
-    resume: bool = False
-    """go on from the last save of the run in run_dir, given the same flags; without one, start"""
-    save_every: int = 1000
-    """updates between two saves"""
+    checkpoint: str  # draw.pt of stage 1, or best.pt / last.pt of stage 2
+    dataset: str  # start states: a .npz file or a folder of them, e.g. runs/source/replay; its rewards are not used
+    eval_env_ids: Tuple[str, ...] = ()  # environments to evaluate in, Gymnasium ids, also as module:id
+    run_dir: Optional[str] = None  # folder for everything this run writes (default: runs/policy-SEED)
+    overwrite: bool = False  # start anew in a folder that holds a run already
+    resume: bool = False  # go on from the last save of the run in run_dir, given the same flags; without one, start
+    save_every: int = 1000  # updates between two saves
     seed: int = 1
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    track: bool = False
-    """log to Weights & Biases too"""
+    device: str = "auto"  # auto, cpu or cuda
+    track: bool = False  # log to Weights & Biases too
 
     updates: int = 100_000
-    batch: int = 16
-    """B, sequences of start states per update"""
-    length: int = 64
-    """T, steps of each, so B * T imagined trajectories"""
-    rewarded: float = 0.0
-    """share of the sequences that begin where the model predicts reward; if that is rare, few updates would see any"""
-    horizon: int = 40
-    """H"""
+    batch: int = 16  # B, sequences of start states per update
+    length: int = 64  # T, steps of each, so B * T imagined trajectories
+    rewarded: float = 0.0  # share of the sequences that begin where the model predicts reward; if that is rare, few updates see any
+    horizon: int = 40  # H
     gamma: float = 1 - 1 / 333
     lam: float = 0.95
     entropy: float = 3e-4
     lr: float = 3e-5
-    decay: bool = False
-    """let the learning rate fall to zero over the run, along a cosine, so that a short run ends on a policy that has settled"""
-    return_floor: float = 1.0
-    """least scale that advantages are divided by; sparse rewards and short runs want a smaller one"""
+    decay: bool = False  # let the learning rate fall to zero over the run, along a cosine, so that a short run ends settled
+    return_floor: float = 1.0  # least scale that advantages are divided by; sparse rewards and short runs want less
+    # how the actor learns: REINFORCE, or the return's gradient through the dynamics (straight-through)
     actor_grad: Literal["reinforce", "dynamics"] = "reinforce"
-    """how the actor learns: REINFORCE, or the return's gradient through the dynamics (straight-through)"""
-    eval_every: int = 10_000
-    """updates between evaluations, 0: only at the end"""
+    eval_every: int = 10_000  # updates between evaluations, 0: only at the end
     eval_episodes: int = 10
-    log_every: int = 100
-    """updates between two lines in the logs"""
+    log_every: int = 100  # updates between two lines in the logs
 
 
 PRESETS = {
