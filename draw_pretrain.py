@@ -393,9 +393,8 @@ def open_loop(draw, z, action, dynamics=None, prior=mix):
 
 
 @torch.no_grad()
-def pictures(draw, ensemble, replay, logger, step, device, T=40):
-    """prediction.gif: four episodes; reality, reconstruction, and the open-loop prediction from the first frame and the actions.
-    disagreement.gif, which does not move: the frames that the ensemble knows least, and below the ones that it knows best."""
+def pictures(draw, replay, logger, step, device, T=40):
+    """prediction.gif: four episodes; reality, reconstruction, and the open-loop prediction from the first frame and the actions."""
     order = (replay.added - len(replay) + np.arange(len(replay))) % replay.length  # rows of the ring, oldest first
     begins = np.union1d(0, np.flatnonzero(replay.data["is_first"][0, order]))
     lengths = np.diff(begins, append=len(order))
@@ -404,14 +403,38 @@ def pictures(draw, ensemble, replay, logger, step, device, T=40):
     image, vector, action = (torch.from_numpy(replay.data[k][0, rows]).to(device) for k in ("image", "vector", "action"))
     q = draw.posterior(draw.encoder(image, vector)).exp()
     seen = sample_onehot(q)  # (4, T, S, K)
-    sigma = softmax(draw.observe(seen, action, torch.zeros(seen.shape[:2], dtype=torch.bool, device=device)))
     foreseen = open_loop(draw, seen[:, 0], action[:, :-1])  # (4, T, S, K)
     decoded = [draw.decoder(z.flatten(-2)).clamp(0, 1) * 255 for z in (seen, foreseen)]  # (4, T, L, L, 3) each
     video = torch.cat([image.float(), *decoded], 2).to(torch.uint8)  # below each other
     logger.video(step, "prediction", torch.cat(list(video), 2).cpu().numpy().repeat(2, 1).repeat(2, 2), fps=8)  # side by side
-    by_disagreement = ensemble.disagreement(sigma, seen, action).flatten().argsort(descending=True)
-    most, least = (torch.cat(list(image.flatten(0, 1)[i]), 1) for i in (by_disagreement[:12], by_disagreement[-12:]))
-    logger.video(step, "disagreement", torch.cat([most, least]).cpu().numpy()[None].repeat(3, 1).repeat(3, 2))
+
+
+@torch.random.fork_rng()  # so that the run does not depend on it
+@torch.no_grad()
+def disagreement_map(draw, ensemble, replay, logger, step, device, most=1024):
+    """disagreement.gif, which does not move: where in the latent space the ensemble disagrees, and the frames that it knows least and best."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    n = min(most // len(replay.data["reward"]), len(replay))
+    rows = (replay.added - n + np.arange(n)) % replay.length  # the newest
+    image, vector, action, first = (torch.from_numpy(replay.data[k][:, rows]).to(device) for k in ("image", "vector", "action", "is_first"))
+    z = sample_onehot(draw.posterior(draw.encoder(image, vector)).exp())  # (n_envs, n, S, K)
+    sigma = softmax(draw.observe(z, action, first))
+    disagreement = ensemble.disagreement(sigma, z, action).flatten()  # (n_envs * n,)
+    x = z.flatten(0, 1).flatten(1)
+    x = x - x.mean(0)
+    x = (x @ torch.linalg.svd(x, full_matrices=False)[2][:2].T).cpu().numpy()  # (n_envs * n, 2), along their two widest directions
+    order = disagreement.argsort(descending=True)
+    strips = [torch.cat(list(image.flatten(0, 1)[i]), 1) for i in (order[:8], order[-8:])]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    figure.colorbar(left.scatter(*x.T, c=disagreement.cpu().numpy(), s=6, cmap="viridis"), ax=left, label="disagreement")
+    left.set(title="recent latents, seen from their two widest directions", xticks=[], yticks=[])
+    right.imshow(torch.cat(strips).cpu().numpy())
+    right.set(title="frames with the largest (above) and the least", xticks=[], yticks=[])
+    FigureCanvasAgg(figure).draw()
+    logger.video(step, "disagreement", np.asarray(figure.canvas.buffer_rgba())[None, ..., :3])
 
 
 def main(args):
@@ -563,8 +586,8 @@ def main(args):
                     finished = []
                 shown = logger.log(updates, metrics)
                 awake = awake or shown["world_model/kl"] > 1.5
-                logger.warn(updates > 2000 and not awake and shown["world_model/kl"] < 1.01, "the KL stays at its free nat, so the latent says nothing: raise "
-                            "--image-scale and --vector-scale")
+                stuck = updates > min(2000, total_updates // 2) and not awake and shown["world_model/kl"] < 1.01
+                logger.warn(stuck, "the KL stays at its free nat, so the latent says nothing: raise --image-scale and --vector-scale")
                 logger.warn(shown.get("task/entropy", 0) < -0.8 * sizes.action_size, "the task policy's entropy is at its floor: raise --entropy or "
                             "--return-floor, or lower --actor-lr")  # the actor's smallest deviation, 0.1, has an entropy of -0.88 per action
                 most = np.abs(replay.data["reward"][:, : len(replay)]).max() / (1 - args.gamma)  # no return is larger
@@ -575,7 +598,8 @@ def main(args):
                     f"return {shown.get('collect/episode_return', np.nan):.0f} imagined {shown.get('task/return', np.nan):.1f}"
                 )
         if 10 * (step + args.n_envs) // args.steps > 10 * step // args.steps:  # ten times a run
-            pictures(draw, ensemble, replay, logger, updates, device)
+            pictures(draw, replay, logger, updates, device)
+            disagreement_map(draw, ensemble, replay, logger, updates, device)
         if (step + args.n_envs) // args.save_every > step // args.save_every or interrupt.asked:
             save(step + args.n_envs)
             new_episodes = True
@@ -584,7 +608,8 @@ def main(args):
     bar.close()
     envs.close()
     seed_everything(args.seed)  # a run that is resumed here ends with the same pictures and figures
-    pictures(draw, ensemble, replay, logger, updates, device)
+    pictures(draw, replay, logger, updates, device)
+    disagreement_map(draw, ensemble, replay, logger, updates, device)
     n = min(4096, len(replay) * args.n_envs) // (args.batch * args.length) + 1
     save(args.steps, source_range=source_range(draw, (replay.sample(args.batch, args.length, device) for _ in range(n))))
     logger.close()

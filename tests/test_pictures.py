@@ -74,3 +74,31 @@ def test_stage_3_warns_of_a_policy_that_stopped_exploring(runs, tmp_path, capsys
     call(train_policy, *POLICY, "--checkpoint", runs / "adapted/best.pt", "--dataset", runs / "adapted/dataset.npz", "--run-dir", tmp_path / "run")
     out = capsys.readouterr().out
     assert (word in out) if word else "warning" not in out
+
+
+STAGE_1 = {  # what stage 1's logger is made to see -> words of its warning
+    "world_model/kl": (1.0, "the KL stays at its free nat"),
+    "task/entropy": (-0.85 * TINY.action_size, "the task policy's entropy is at its floor"),
+    "task/scale": (1e6, "the critic is running away"),
+}
+
+
+@pytest.mark.parametrize("name", [None, *STAGE_1])
+def test_stage_1_warns_of_tell_tale_signs(tmp_path, capsys, monkeypatch, name):
+    """A run whose logged figures are healthy, but for one"""
+    healthy = {"world_model/kl": 2.0, "task/entropy": 1.0, "task/scale": 0.1}
+    wrong = {name: STAGE_1[name][0]} if name else {}
+    log = draw_pretrain.Logger.log
+    monkeypatch.setattr(draw_pretrain.Logger, "log", lambda self, step, metrics: log(self, step, metrics) | healthy | wrong)
+
+    call(draw_pretrain, *PRETRAIN, "--env-id", "toy_env:Toy-v0", "--run-dir", tmp_path / "run")
+    out = capsys.readouterr().out
+    for other, (_, words) in STAGE_1.items():
+        assert (words in out) == (other == name), other
+
+
+def test_stage_3_warns_of_a_critic_that_runs_away(runs, tmp_path, capsys, monkeypatch):
+    log = train_policy.Logger.log
+    monkeypatch.setattr(train_policy.Logger, "log", lambda self, step, metrics: log(self, step, metrics) | {"policy/scale": 1e6})
+    call(train_policy, *POLICY, "--checkpoint", runs / "adapted/best.pt", "--dataset", runs / "adapted/dataset.npz", "--run-dir", tmp_path / "run")
+    assert "the critic is running away" in capsys.readouterr().out
