@@ -121,19 +121,22 @@ ROWS_PER_FILE = 2000  # of the replay on disk
 
 
 class Replay:
-    """A ring of rows per environment, in the row convention of common.load_dataset."""
+    """A ring of rows per environment, in the row convention of common.load_dataset. The images lie on a CUDA device if they fill less
+    than half of what is free there, else in the main memory."""
 
-    def __init__(self, rows, n_envs, sizes):
-        self.length, L = max(rows // n_envs, 2), sizes.image_size
-        # np.empty takes no memory until a row is written
+    def __init__(self, rows, n_envs, sizes, device="cpu"):
+        self.length, L, device = max(rows // n_envs, 2), sizes.image_size, torch.device(device)
+        shape = n_envs, self.length
+        fits = device.type == "cuda" and 2 * n_envs * self.length * L * L * 3 < torch.cuda.mem_get_info(device)[0]
+        # In the main memory, torch.empty takes none until a row is written.
         self.data = {
-            "image": np.empty((n_envs, self.length, L, L, 3), np.uint8),
-            "vector": np.empty((n_envs, self.length, sizes.vector_size), np.float32),
-            "action": np.empty((n_envs, self.length, sizes.action_size), np.float32),
-            "reward": np.empty((n_envs, self.length), np.float32),
-            "is_first": np.empty((n_envs, self.length), bool),
-            "is_last": np.empty((n_envs, self.length), bool),
-            "is_terminal": np.empty((n_envs, self.length), bool),
+            "image": torch.empty((*shape, L, L, 3), dtype=torch.uint8, device=device if fits else "cpu"),
+            "vector": torch.empty((*shape, sizes.vector_size)),
+            "action": torch.empty((*shape, sizes.action_size)),
+            "reward": torch.empty(shape),
+            "is_first": torch.empty(shape, dtype=torch.bool),
+            "is_last": torch.empty(shape, dtype=torch.bool),
+            "is_terminal": torch.empty(shape, dtype=torch.bool),
         }
         self.added = 0  # rows ever written, per environment
         self.full = set()  # names of the files that `save` need not write again
@@ -141,7 +144,7 @@ class Replay:
     def add(self, **row):
         """One row of every environment; each value (n_envs, ...)."""
         for key, value in row.items():
-            self.data[key][:, self.added % self.length] = value
+            self.data[key][:, self.added % self.length] = torch.as_tensor(value, device=self.data[key].device)
         self.added += 1
 
     def __len__(self):
@@ -153,13 +156,24 @@ class Replay:
         n_envs, oldest = len(self.data["reward"]), self.added - len(self)
         env, start = np.random.randint(0, n_envs, B), np.random.randint(0, len(self) - T + 1, B)
         if n := round(rewarded * B):
-            paid_env, paid_row = np.nonzero(self.data["reward"][:, : len(self)] > 0)
+            paid_env, paid_row = np.nonzero(self.data["reward"][:, : len(self)].numpy() > 0)
             if len(paid_row):
                 pick = np.random.randint(0, len(paid_row), n)
                 age = (paid_row[pick] - oldest) % self.length  # rows since the oldest one
                 env[:n], start[:n] = paid_env[pick], np.clip(age - np.random.randint(0, T, n), 0, len(self) - T)
-        env, t = env[:, None], (oldest + start[:, None] + np.arange(T)) % self.length
-        return {k: torch.from_numpy(v[env, t]).to(device, non_blocking=True) for k, v in self.data.items()}
+        rows = env[:, None] * self.length + (oldest + start[:, None] + np.arange(T)) % self.length  # (B, T)
+        rows, out = torch.from_numpy(rows.flatten()), {}
+        for key, v in self.data.items():
+            value = v.flatten(0, 1).index_select(0, self.to(rows, v.device))  # a memory copy a row, on either device
+            out[key] = self.to(value, device).unflatten(0, (B, T))
+        return out
+
+    @staticmethod
+    def to(value, device):
+        """To the device, if it is CUDA from pinned memory: then the host need not wait, and gathers the next batch while this one is used."""
+        if torch.device(device).type == "cuda" and value.device.type == "cpu":
+            value = value.pin_memory()
+        return value.to(device, non_blocking=True)
 
     def save(self, folder):
         """Writes the rows as a dataset folder, each file a stretch of at most ROWS_PER_FILE rows of one environment, named by its first row. A full
@@ -171,7 +185,7 @@ class Replay:
                 if name not in self.full:
                     rows = np.arange(max(k * R, oldest), min((k + 1) * R, self.added))
                     name = f"env{env:03d}-{rows[0]:09d}.npz"
-                    save_dataset(Path(folder) / name, {key: v[env, rows % self.length] for key, v in self.data.items()})
+                    save_dataset(Path(folder) / name, {key: v[env, rows % self.length].cpu().numpy() for key, v in self.data.items()})
                     self.full |= {name} if len(rows) == R else set()
                 names.append(name)
         return names
@@ -184,7 +198,7 @@ class Replay:
             env, rows = int(name[3:6]), int(name[7:16]) + np.arange(len(chunk["is_first"]))
             keep = (rows >= added - len(self)) & (rows < added)  # a file may hold older rows, or, if a later save was cut short, newer ones
             for key, v in self.data.items():
-                v[env, rows[keep] % self.length] = chunk[key][keep]
+                v[env, rows[keep] % self.length] = torch.from_numpy(chunk[key][keep]).to(v.device)
             self.full |= {name} if len(rows) == ROWS_PER_FILE and rows[-1] < added else set()
 
 
@@ -335,7 +349,7 @@ class ActorCritic:
             R = rewards[t] + discounts[t] * ((1 - args.lam) * values[t + 1] + args.lam * R)
             returns.insert(0, R)
         returns = torch.stack(returns)  # (H, B): R_0 .. R_{H-1}
-        p5, p95 = torch.quantile(returns.detach(), torch.tensor([0.05, 0.95], device=returns.device))
+        p5, p95 = torch.quantile(returns.detach(), torch.linspace(0.05, 0.95, 2, device=returns.device))
         new_scale = 0.99 * self.scale + 0.01 * (p95 - p5)
         scale = new_scale.clamp(min=self.scale_floor)
 
@@ -396,11 +410,11 @@ def open_loop(draw, z, action, dynamics=None, prior=mix):
 def pictures(draw, replay, logger, step, device, T=40):
     """prediction.gif: four episodes; reality, reconstruction, and the open-loop prediction from the first frame and the actions."""
     order = (replay.added - len(replay) + np.arange(len(replay))) % replay.length  # rows of the ring, oldest first
-    begins = np.union1d(0, np.flatnonzero(replay.data["is_first"][0, order]))
+    begins = np.union1d(0, np.flatnonzero(replay.data["is_first"][0, order].numpy()))
     lengths = np.diff(begins, append=len(order))
     T = min(T, lengths.max())
     rows = order[begins[lengths >= T][-4:, None] + np.arange(T)]  # (4, T), of the first environment
-    image, vector, action = (torch.from_numpy(replay.data[k][0, rows]).to(device) for k in ("image", "vector", "action"))
+    image, vector, action = (replay.data[k][0, rows].to(device) for k in ("image", "vector", "action"))
     q = draw.posterior(draw.encoder(image, vector)).exp()
     seen = sample_onehot(q)  # (4, T, S, K)
     foreseen = open_loop(draw, seen[:, 0], action[:, :-1])  # (4, T, S, K)
@@ -418,7 +432,7 @@ def disagreement_map(draw, ensemble, replay, logger, step, device, most=1024):
 
     n = min(most // len(replay.data["reward"]), len(replay))
     rows = (replay.added - n + np.arange(n)) % replay.length  # the newest
-    image, vector, action, first = (torch.from_numpy(replay.data[k][:, rows]).to(device) for k in ("image", "vector", "action", "is_first"))
+    image, vector, action, first = (replay.data[k][:, rows].to(device) for k in ("image", "vector", "action", "is_first"))
     z = sample_onehot(draw.posterior(draw.encoder(image, vector)).exp())  # (n_envs, n, S, K)
     sigma = softmax(draw.observe(z, action, first))
     disagreement = ensemble.disagreement(sigma, z, action).flatten()  # (n_envs * n,)
@@ -462,7 +476,7 @@ def main(args):
         units=args.units, actor_units=args.actor_units,
     )  # fmt: skip
     try:
-        draw, replay = DRAW(sizes).to(device), Replay(args.replay_size, args.n_envs, sizes)
+        draw, replay = DRAW(sizes).to(device), Replay(args.replay_size, args.n_envs, sizes, device)
     except (MemoryError, RuntimeError, ValueError, OverflowError) as e:
         raise UserError(f"--replay-size {args.replay_size}, --image-size or the networks' sizes are too large for the memory ({e})") from e
     run_dir = Path(args.run_dir or f"runs/pretrain-{args.env_id.split('/')[-1]}-{args.seed}")
@@ -590,7 +604,7 @@ def main(args):
                 logger.warn(stuck, "the KL stays at its free nat, so the latent says nothing: raise --image-scale and --vector-scale")
                 logger.warn(shown.get("task/entropy", 0) < -0.8 * sizes.action_size, "the task policy's entropy is at its floor: raise --entropy or "
                             "--return-floor, or lower --actor-lr")  # the actor's smallest deviation, 0.1, has an entropy of -0.88 per action
-                most = np.abs(replay.data["reward"][:, : len(replay)]).max() / (1 - args.gamma)  # no return is larger
+                most = replay.data["reward"][:, : len(replay)].abs().max().item() / (1 - args.gamma)  # no return is larger
                 logger.warn(shown.get("task/scale", 0) > max(args.return_floor, 4 * most), "the task's imagined returns spread wider than the rewards "
                             "allow: the critic is running away, or rewards are predicted that were never seen; lower --actor-lr")  # fmt: skip
                 bar.set_postfix_str(

@@ -218,7 +218,7 @@ def main(args):
             R = reward[k] + discount[k] * ((1 - args.lam) * value[k + 1] + args.lam * R)
             returns.insert(0, R)
         returns = torch.stack(returns)  # (H, B*T): R_0 .. R_{H-1}
-        p5, p95 = torch.quantile(returns.detach().flatten(), torch.tensor([0.05, 0.95], device=device))
+        p5, p95 = torch.quantile(returns.detach().flatten(), torch.linspace(0.05, 0.95, 2, device=device))
         new_range = 0.99 * range_ema + 0.01 * (p95 - p5)
         scale = new_range.clamp(min=args.return_floor)
 

@@ -5,6 +5,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+import torch
 from helpers import TINY, Booby, random_rows, user_error
 
 import draw_pretrain
@@ -208,9 +209,9 @@ def test_replay_samples_stretches_of_time(added):
 @pytest.mark.parametrize("added", [20, 37])  # before the ring has wrapped, and after it
 def test_replay_draws_rewarded_sequences(added):
     replay = filled_replay(40, added)
-    time = replay.data["reward"].copy()  # (environments, rows of the ring)
+    time = replay.data["reward"].clone()  # (environments, rows of the ring)
     replay.data["action"][:] = time[..., None]
-    replay.data["reward"][:] = (time == added - 9) * np.array([[0.0], [1.0]])  # one reward, in the second environment
+    replay.data["reward"][:] = (time == added - 9) * torch.tensor([[0.0], [1.0]])  # one reward, in the second environment
     data = replay.sample(400, 5, "cpu", rewarded=0.5)
     paid = data["reward"].sum(1) > 0
     assert paid[:200].all() and 10 <= paid[200:].sum() <= 60  # 5 of 32 sequences of the rest hold it by chance
