@@ -27,6 +27,7 @@ from typing import Literal, Optional
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import nn
@@ -268,6 +269,25 @@ def source_range(draw, batches):
     return {"kl": torch.cat(kls).mean().item()} | dict(zip(("image error", "vector error", "posterior entropy"), quantiles.T.tolist()))
 
 
+def average_gradients(parameters):
+    """Of several processes (torchrun): their mean gradient, which is that of the joint batch, since every loss is a mean over its batch."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in parameters]
+        joint = torch.cat([g.flatten() for g in gradients])  # one message instead of many
+        dist.all_reduce(joint)
+        for gradient, mean in zip(gradients, (joint / dist.get_world_size()).split([g.numel() for g in gradients])):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def of_all_processes(x):
+    """x (n, ...) of each process, one after the other, (processes * n, ...); x itself of a process alone"""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
 class Ensemble(nn.Module):
     """Plan2Explore: `members` MLPs that predict embed_{t+1} from (sigma_t, z_t, a_t)."""
 
@@ -349,7 +369,7 @@ class ActorCritic:
             R = rewards[t] + discounts[t] * ((1 - args.lam) * values[t + 1] + args.lam * R)
             returns.insert(0, R)
         returns = torch.stack(returns)  # (H, B): R_0 .. R_{H-1}
-        p5, p95 = torch.quantile(returns.detach(), torch.linspace(0.05, 0.95, 2, device=returns.device))
+        p5, p95 = torch.quantile(of_all_processes(returns.detach()), torch.linspace(0.05, 0.95, 2, device=returns.device))
         new_scale = 0.99 * self.scale + 0.01 * (p95 - p5)
         scale = new_scale.clamp(min=self.scale_floor)
 
@@ -366,6 +386,7 @@ class ActorCritic:
         self.optimizer.zero_grad()
         actor_loss.backward(inputs=list(self.actor.parameters()), retain_graph=self.actor_grad == "dynamics")
         critic_loss.backward(inputs=list(self.critic.parameters()))
+        average_gradients([*self.actor.parameters(), *self.critic.parameters()])
         actor_norm = nn.utils.clip_grad_norm_(self.actor.parameters(), 100.0)
         critic_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), 100.0)
         terms = {"reward": rewards, "critic": values, "actor_loss": actor_loss, "critic_loss": critic_loss, "gradient": actor_norm + critic_norm}
