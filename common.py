@@ -742,12 +742,12 @@ class Logger:
 
         self.file.close()
         self.tensorboard.close()
-        rows = np.loadtxt(self.dir / "metrics.csv", delimiter=",", skiprows=1, dtype=[("step", int), ("name", "U99"), ("value", float)], ndmin=1)
-        names = [name for name in dict.fromkeys(rows["name"]) if (rows["name"] == name).sum() > 1]
+        rows = np.array([line.split(",") for line in (self.dir / "metrics.csv").read_text().splitlines()[1:]]).reshape(-1, 3)  # as texts
+        names = [name for name in dict.fromkeys(rows[:, 1]) if (rows[:, 1] == name).sum() > 1]
         if names:
             figure = Figure(figsize=(14, 2.2 * -(-len(names) // 4)), layout="constrained")
             for i, name in enumerate(names):
-                axes, own = figure.add_subplot(-(-len(names) // 4), 4, i + 1), rows[rows["name"] == name]
-                axes.plot(own["step"], own["value"], color="#0072B2", linewidth=1)
+                axes, own = figure.add_subplot(-(-len(names) // 4), 4, i + 1), rows[rows[:, 1] == name]
+                axes.plot(own[:, 0].astype(int), own[:, 2].astype(float), color="#0072B2", linewidth=1)
                 axes.set_title(name, fontsize=9)
             write_atomically(self.dir / "curves.png", lambda file: figure.savefig(file, dpi=70))
