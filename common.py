@@ -11,7 +11,6 @@ Notation, here and in every stage (shape comments use the same letters):
 The algorithms are not here but in the stages.
 """
 
-import csv
 import ctypes
 import dataclasses
 import json
@@ -21,6 +20,7 @@ import signal
 import sys
 import warnings
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,25 +40,30 @@ class UserError(SystemExit):
         super().__init__("error: " + " ".join(str(message).splitlines()))
 
 
+@contextmanager
+def explained(text, kinds=Exception):
+    """Turns an exception of these kinds into a UserError with `text` and the exception's own words."""
+    try:
+        yield
+    except kinds as e:
+        raise UserError(f"{text} ({type(e).__name__}: {e})") from e
+
+
 # ---- Environments --------------------------------------------------------------------------------
 
 
 class DMCEnv(gym.Env):
     """A DeepMind Control task seen through its stock camera, with optionally changed dynamics.
 
-    Observation: Dict(image: uint8 (image_size, image_size, 3), vector: float32 (V,)), where
-    vector = physics.velocity() (rad/s, m/s): DRAW has no memory, and one image shows no velocity.
-    Action: float32 (A,) in [-1, 1], applied for `action_repeat` physics frames. The reward of a
-    step is the reward of its LAST frame, not the sum, so 1000 frames return at most 500. Episodes
-    are never terminal; the time limit that gymnasium.make adds (500 steps) truncates them.
+    Observation: image, uint8 (image_size, image_size, 3), and vector, float32 (V,), the velocities (rad/s, m/s), which one image does not show.
+    Action: float32 (A,) in [-1, 1], applied for `action_repeat` frames of physics; the reward is that of the LAST one, not the sum, so 1000
+    frames return at most 500. Never terminal; the time limit that gymnasium.make adds (500 steps) truncates.
 
     Args:
         domain, task: names in dm_control.suite, e.g. "pendulum", "swingup".
         reverse_actions: apply -a instead of a.
-        wrench: (body, (fx, fy, fz, tx, ty, tz)): a constant external force in N and torque in N·m
-            on that body, in world coordinates.
+        wrench: (body, (fx, fy, fz, tx, ty, tz)), a constant force in N and torque in N·m on that body, in world coordinates.
         image_size: 16, 32, 64, 128 or 256; below 64 the 64-pixel image is averaged down.
-        action_repeat: physics frames of the task per step.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 25}
@@ -66,12 +71,10 @@ class DMCEnv(gym.Env):
     def __init__(self, domain, task, reverse_actions=False, wrench=None, image_size=64, action_repeat=2, render_mode="rgb_array"):
         if sys.platform.startswith("linux"):
             os.environ.setdefault("MUJOCO_GL", "egl")  # render without a screen; read at import
-        try:  # here, not above: other environments do without, and --help stays quick
-            import mujoco
+        with explained("dm_control does not load; on Debian: apt-get install libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri", ImportError):
+            import mujoco  # here, not above: other environments do without, and --help stays quick
             from dm_control import suite
             from dm_control.mujoco.engine import Camera
-        except ImportError as e:
-            raise UserError(f"dm_control does not load ({e}); on Debian: apt-get install libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri") from e
 
         # The time limit is gymnasium's, so that `max_episode_steps` is the only one there is.
         self.dmc = suite.load(domain, task, task_kwargs={"time_limit": float("inf")})
@@ -122,39 +125,32 @@ class DMCEnv(gym.Env):
         self.dmc.close()
 
 
-# id, domain, task, what differs in the target (design of the paper's four source/target pairs)
-for name, domain, task, changes in (
-    ("PendulumSwingup", "pendulum", "swingup", {}),
-    ("PendulumSwingupReversed", "pendulum", "swingup", {"reverse_actions": True}),
-    ("BallInCupCatch", "ball_in_cup", "catch", {}),
-    ("BallInCupCatchWindy", "ball_in_cup", "catch", {"wrench": ("ball", (-2.0, 0.0, 0.0, 0.0, 0.0, 0.0))}),
-    ("FingerTurnHard", "finger", "turn_hard", {}),
-    ("FingerTurnHardTorque", "finger", "turn_hard", {"wrench": ("spinner", (0.0, 0.0, 0.0, 0.0, 4.0, 0.0))}),
-    ("ReacherEasy", "reacher", "easy", {}),
-    ("ReacherEasyReversed", "reacher", "easy", {"reverse_actions": True}),
+# The paper's four pairs: name, domain, task; and of the target: what is added to the name, what differs
+for name, *task, suffix, changes in (
+    ("PendulumSwingup", "pendulum", "swingup", "Reversed", {"reverse_actions": True}),
+    ("BallInCupCatch", "ball_in_cup", "catch", "Windy", {"wrench": ("ball", (-2.0, 0.0, 0.0, 0.0, 0.0, 0.0))}),
+    ("FingerTurnHard", "finger", "turn_hard", "Torque", {"wrench": ("spinner", (0.0, 0.0, 0.0, 0.0, 4.0, 0.0))}),
+    ("ReacherEasy", "reacher", "easy", "Reversed", {"reverse_actions": True}),
 ):
-    kwargs = {"domain": domain, "task": task, **changes}
-    gym.register(id=f"redraw/{name}-v0", entry_point=DMCEnv, kwargs=kwargs, max_episode_steps=500, disable_env_checker=True)
+    for env_id, kwargs in ((f"redraw/{name}-v0", {}), (f"redraw/{name}{suffix}-v0", changes)):
+        kwargs = {"domain": task[0], "task": task[1], **kwargs}
+        gym.register(env_id, DMCEnv, kwargs=kwargs, max_episode_steps=500, disable_env_checker=True)
 
 
 def make_envs(env_id, n, image_size=None, episode_steps=None):
-    """n copies of one environment, stepped together.
+    """n copies of one environment, stepped together: a SyncVectorEnv. The step after the end of an episode resets that copy, ignores its action and
+    returns the first observation of the next episode with reward 0. UserError: unknown id, or spaces that DRAW can't use.
 
     Args:
         image_size: for this project's ids; others come with a size of their own.
         episode_steps: a time limit in steps instead of the environment's own.
-    Returns:
-        A SyncVectorEnv. The step after the end of an episode resets that copy, ignores its action and returns the first
-        observation of the next episode with reward 0. UserError: unknown id, or spaces that DRAW can't use.
     """
     kwargs = {"max_episode_steps": episode_steps} if episode_steps else {}
     if image_size and env_id.split(":")[-1].startswith("redraw/"):
         kwargs["image_size"] = image_size
-    try:
+    known = ", ".join(i for i in gym.registry if i.startswith("redraw/"))
+    with explained(f"can't make environment '{env_id}'; this project's: {known}; any other as module:id"):
         envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id, **kwargs) for _ in range(n)])
-    except Exception as e:  # of Gymnasium, of a module's import, of the environment's own code
-        known = ", ".join(i for i in gym.registry if i.startswith("redraw/"))
-        raise UserError(f"can't make environment '{env_id}': {type(e).__name__}: {e}. This project's: {known}; any other as module:id") from e
     obs, act = envs.single_observation_space, envs.single_action_space
     if not isinstance(obs, gym.spaces.Dict) or set(obs.spaces) != {"image", "vector"}:
         raise UserError(f"{env_id}: the observation space must be Dict(image=..., vector=...), it is {obs}")
@@ -163,7 +159,7 @@ def make_envs(env_id, n, image_size=None, episode_steps=None):
         raise UserError(f"{env_id}: image must be uint8 (L, L, 3) with L = 16, 32, 64, ..., it is {obs['image']}")
     if obs["vector"].dtype != np.float32 or obs["vector"].shape != (V,) or V == 0:
         raise UserError(f"{env_id}: vector must be float32 (V,), V at least 1, it is {obs['vector']}")
-    if not isinstance(act, gym.spaces.Box) or act.dtype.kind != "f" or act.shape != (A,) or A == 0 or (act.low != -1).any() or (act.high != 1).any():
+    if A == 0 or act not in [gym.spaces.Box(-1, 1, (A,), dtype) for dtype in (np.float16, np.float32, np.float64)]:
         raise UserError(f"{env_id}: the action space must be Box(-1, 1, (A,)), it is {act}; gymnasium.wrappers.RescaleAction can make it so")
     return envs
 
@@ -178,12 +174,8 @@ def check_sizes(env_id, envs, sizes):
 
 
 def held_noise(previous, hold, gain=1.0):
-    """Random actions, uniform over [-gain, gain], clipped to [-1, 1], that stay for `hold` steps on average, a geometrically
-    distributed time; float32 (n, A) from the last ones, `previous`.
-
-    Independent noise averages out over a swing of the arm; held noise reaches far more states. With a gain of 2 half of
-    the draws lie on a bound: it takes full torque to swing a pendulum through the top.
-    """
+    """Random actions, uniform over [-gain, gain], clipped to [-1, 1], that stay for `hold` steps on average; float32 (n, A) from the last ones.
+    Independent noise averages out over a swing of the arm; held noise reaches far more states. With a gain of 2, half have full torque."""
     fresh = np.random.uniform(-gain, gain, previous.shape).clip(-1, 1).astype(np.float32)
     return np.where(np.random.rand(len(previous), 1) < 1.0 / hold, fresh, previous)
 
@@ -207,9 +199,8 @@ def unimix(logits):
 
 
 def sample_onehot(probs):
-    """Samples every categorical, (..., S, K) -> one-hot, with straight-through gradients (those of the probabilities).
-    By the inverse CDF: on CPUs tens of times faster than torch.multinomial."""
-    cdf = probs.detach().cumsum(-1)
+    """Samples every categorical, (..., S, K) -> one-hot, with straight-through gradients (those of the probabilities)."""
+    cdf = probs.detach().cumsum(-1)  # the inverse CDF, on CPUs tens of times faster than torch.multinomial
     index = (torch.rand_like(cdf[..., :1]) > cdf[..., :-1]).sum(-1, keepdim=True)
     onehot = torch.zeros_like(cdf).scatter_(-1, index, 1.0)
     return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
@@ -240,10 +231,7 @@ def twohot_mean(logits):
 
 
 def twohot_log_prob(logits, x):
-    """Cross-entropy (negated) of logits (..., BINS) against the two-hot encoding of symlog(x), (...).
-
-    The target puts its mass on the two bins around symlog(x), in proportion to their nearness.
-    """
+    """Cross-entropy (negated) of logits (..., BINS) against the two-hot encoding of symlog(x), (...), whose mass is on the two bins around it."""
     position = (symlog(x).clamp(-20.0, 20.0) + 20.0) / 40.0 * (BINS - 1)
     below = position.floor().long().clamp(0, BINS - 2)
     weight_above = (position - below)[..., None]
@@ -273,7 +261,7 @@ class Sizes:
     def __post_init__(self):  # they may come from a stranger's checkpoint
         for name, value in vars(self).items():
             if type(value) is not int or not 1 <= value <= 65536 or name == "image_size" and (value < 16 or value & (value - 1)):
-                raise UserError(f"{name} can't be {value!r}: sizes are from 1 to 65536, that of images is 16, 32, 64, ...")
+                raise ValueError(f"{name} can't be {value!r}: sizes are from 1 to 65536, that of images is 16, 32, 64, ...")
 
 
 def init_weights(layer, scale=1.0):
@@ -374,9 +362,8 @@ class DRAW(nn.Module):
         return unimix(self.posterior_net(embed).unflatten(-1, (self.sizes.S, self.sizes.K)))
 
     def dynamics(self, z, sigma, action):
-        """f(z_{t-1}, sigma_{t-1}, a_{t-1}), (..., S, K), (..., S, K), (..., A) -> prior logits u_t (..., S, K). An action outside
-        [-1, 1] is scaled back, as the environment would clip it."""
-        action = action / action.abs().clamp(min=1.0)
+        """f(z_{t-1}, sigma_{t-1}, a_{t-1}), (..., S, K), (..., S, K), (..., A) -> prior logits u_t (..., S, K)"""
+        action = action / action.abs().clamp(min=1.0)  # as the environment would clip it
         u = self.dynamics_net(torch.cat([z.flatten(-2), sigma.flatten(-2), action], -1))
         return u.unflatten(-1, (self.sizes.S, self.sizes.K))
 
@@ -391,8 +378,7 @@ class DRAW(nn.Module):
         """The recurrence of the belief over an observed sequence. Returns the prior logits u (B, T, S, K).
 
         Args:
-            z: (B, T, S, K), sampled from the posterior.
-            action: (B, T, A), a_t taken AT x_t; so step t uses action[:, t-1].
+            z: (B, T, S, K), sampled from the posterior.   action: (B, T, A), a_t taken AT x_t; so step t uses action[:, t-1].
             is_first: bool (B, T). There, and at t = 0, the previous state is the initial one and the previous action zero.
             dynamics: (z_{t-1}, sigma_{t-1}, a_{t-1}) -> u_t to use instead of f, e.g. the rectified one of redraw_adapt.py.
         """
@@ -422,8 +408,7 @@ class DRAW(nn.Module):
 
 
 class Actor(nn.Module):
-    """pi(a | z) = Normal(tanh(mu), 0.9 sigmoid(s + 2) + 0.1), not squashed. z alone, so a deployed
-    policy needs only the encoder and the posterior beside it."""
+    """pi(a | z) = Normal(tanh(mu), 0.9 sigmoid(s + 2) + 0.1), not squashed. z alone, so that a deployed policy needs no dynamics."""
 
     def __init__(self, sizes):
         super().__init__()
@@ -471,21 +456,18 @@ class Policy(nn.Module):
 
 
 def write_atomically(path, write):
-    """Calls write(file) on a temporary file beside `path`, then renames it: no half file is ever seen. UserError if the disk is full,
-    without permission, ...; what was at `path` is still there."""
+    """Calls write(file) on a temporary file, then renames it: no half file is ever seen. UserError if the disk is full, ...: the old one stays."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")  # one name, so that killed runs leave no more than one
-    try:
+    with explained(f"can't write {path}", (OSError, RuntimeError)):  # torch.save turns a full disk into a RuntimeError
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before the name: also a power cut leaves the old file or the new one
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
-        raise UserError(f"can't write {path}: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}") from e
-    finally:
-        if path.parent.is_dir():
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())  # on the disk before the name: also a power cut leaves the old file or the new one
+            os.replace(temporary, path)
+        finally:
             temporary.unlink(missing_ok=True)
 
 
@@ -494,28 +476,23 @@ def save_dataset(path, rows):
     write_atomically(path, lambda file: np.savez_compressed(file, **rows))
 
 
-ARRAYS = {  # of a dataset: dtype and number of dimensions
-    "image": (np.uint8, 4), "vector": (np.float32, 2), "action": (np.float32, 2), "reward": (np.float32, 1),
-    "is_first": (bool, 1), "is_last": (bool, 1), "is_terminal": (bool, 1),
+ARRAYS = {  # of a dataset
+    "image": np.uint8, "vector": np.float32, "action": np.float32, "reward": np.float32, "is_first": bool, "is_last": bool, "is_terminal": bool,
 }  # fmt: skip
 
 
 def read_npz(file, keys):
     """Those of `keys` that a .npz file holds, as arrays; the authors' names are put right."""
     renamed = {"image_complement": "vector", "yaw_and_forward_vel": "vector"}
-    try:
-        with np.load(file, allow_pickle=False) as npz:
-            return {renamed.get(k, k): np.asarray(npz[k]) for k in npz.files if renamed.get(k, k) in keys}
-    except Exception as e:  # NumPy and zipfile raise many kinds for a foreign, damaged or pickled file
-        raise UserError(f"{file} can't be read as a .npz dataset ({type(e).__name__}: {e}); is it complete?") from e
+    with explained(f"{file} can't be read as a .npz dataset; is it complete?"), np.load(file, allow_pickle=False) as npz:
+        return {renamed.get(k, k): np.asarray(npz[k]) for k in npz.files if renamed.get(k, k) in keys}
 
 
 def load_dataset(path, image_size=None, vector_size=None, action_size=None):
     """Reads a dataset: one .npz file, or a folder of .npz files, each the start of a new sequence.
 
-    Row t holds x_t, the reward on ARRIVING at x_t, and the action taken AT x_t (DreamerV3's
-    convention); the models clip it to [-1, 1], as an environment would. The authors' key names
-    `image_complement` and `yaw_and_forward_vel` are read as `vector`; unknown keys are ignored.
+    Row t holds x_t, the reward on ARRIVING at x_t, and the action taken AT x_t (DreamerV3's convention); the models clip it to [-1, 1], as an
+    environment would. The authors' key names `image_complement` and `yaw_and_forward_vel` are read as `vector`; unknown keys are ignored.
 
     Returns: dict of image uint8 (N, L, L, 3), vector float32 (N, V), action float32 (N, A), is_first, is_last, is_terminal bool (N,),
     and reward float32 (N,) if every file has one. UserError: no such file, not a dataset, other sizes than asked for, NaN.
@@ -531,23 +508,23 @@ def load_dataset(path, image_size=None, vector_size=None, action_size=None):
         if missing := {"image", "vector", "action", "is_first"} - set(chunk):
             raise UserError(f"{file} lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(chunk)) or 'nothing of use'}")
         n = chunk["is_first"].size
-        for key in ("is_last", "is_terminal"):
-            chunk.setdefault(key, np.zeros(n, bool))
+        if n < 1 or rows < 2:
+            raise UserError(f"{file}: a dataset needs 2 rows at least and each file 1, is_first has {n}")
+        chunk = {"is_last": np.zeros(n, bool), "is_terminal": np.zeros(n, bool)} | chunk
+        # Sizes that were not asked for are the first file's; 0, which is refused, where an array has no such dimension.
+        image_size, vector_size, action_size = (
+            size or (*chunk[key].shape, 0, 0)[1] for key, size in (("image", image_size), ("vector", vector_size), ("action", action_size))
+        )
+        shapes = {"image": (n, image_size, image_size, 3), "vector": (n, vector_size), "action": (n, action_size)}
         for key, value in chunk.items():
-            (dtype, ndim), number = ARRAYS[key], value.dtype == np.uint8 if key == "image" else value.dtype.kind in "biuf"
-            if not number or value.ndim != ndim or 0 in value.shape[1:]:
-                raise UserError(f"{file}: {key} must be {np.dtype(dtype)} with {ndim} dimensions, it is {value.dtype} {value.shape}")
-            if len(value) != n or n < 1 or rows < 2:
-                raise UserError(f"{file}: all arrays need the same length, and 2 rows in all at least; {key} has {len(value)}, is_first {n}")
+            dtype, shape = ARRAYS[key], shapes.get(key, (n,))
+            number = value.dtype == np.uint8 if key == "image" else value.dtype.kind in "biuf"
+            if not number or value.shape != shape or 0 in shape:
+                raise UserError(f"{file}: {key} must be {np.dtype(dtype)} {shape}, it is {value.dtype} {value.shape}")
             with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite
                 chunk[key] = value.astype(dtype, copy=False)
             if key != "image" and not (finite := np.isfinite(value) & np.isfinite(chunk[key])).all():
                 raise UserError(f"{file}: {key} holds NaN or infinity, first in row {np.argwhere(~finite)[0][0]}")
-        L = image_size or chunk["image"].shape[1]
-        for key, shape in (("image", (L, L, 3)), ("vector", (vector_size,)), ("action", (action_size,))):
-            if None not in shape and chunk[key].shape[1:] != shape:
-                raise UserError(f"{file}: a row of {key} has shape {chunk[key].shape[1:]}, the checkpoint or the files before expect {shape}")
-        image_size, vector_size, action_size = L, chunk["vector"].shape[1], chunk["action"].shape[1]
         # A reset follows the end of an episode, whether the recorder marked it or not.
         chunk["is_first"] = chunk["is_first"] | np.append(True, chunk["is_last"][:-1])
         if len(files) == 1:
@@ -570,30 +547,24 @@ def load_checkpoint(path, stages, device="cpu"):
     """Reads a checkpoint of one of `stages`, e.g. ("draw_pretrain",), with weights_only=True: a stranger's file can't run code.
     UserError: no such file, not a checkpoint of this project, or one of another stage."""
     makers = " or ".join(f"{s}.py" for s in stages)
-    if not os.path.isfile(path):
-        raise UserError(f"no checkpoint at {path}: expected a file written by {makers}")
-    try:
+    with explained(f"{path} is not a checkpoint of this project, or it is damaged; make one with {makers}"):
         with warnings.catch_warnings(action="ignore"):  # of a foreign file
-            checkpoint = dict(torch.load(path, map_location=device, weights_only=True))
+            checkpoint = {"args": {}, **torch.load(path, map_location=device, weights_only=True), "file": str(path)}
         stage = checkpoint["stage"]
-    except Exception as e:  # torch raises many kinds for a foreign or truncated file
-        raise UserError(f"{path} is not a checkpoint of this project, or it is damaged ({type(e).__name__}); make one with {makers}") from e
     if stage not in stages:
         raise UserError(f"{path} was written by {stage}.py; this needs one from {makers}")
-    return {"args": {}, **checkpoint, "file": str(path)}
+    return checkpoint
 
 
 def load_module(checkpoint, key, make, device):
     """The network make() with the weights that a checkpoint holds as `key`, frozen. UserError if they don't fit or are not finite."""
-    try:
+    with explained(f"{checkpoint['file']} is damaged: '{key}' is missing, does not fit the sizes or is not finite"):
         with torch.device("meta"):  # takes no memory, whatever sizes the file asks for
             wants = make().state_dict()
         weights = checkpoint[key]
         for name in {**wants, **weights}:
             if (weights[name].shape, weights[name].dtype) != (wants[name].shape, wants[name].dtype) or not weights[name].isfinite().all():
                 raise ValueError(name)
-    except (Exception, UserError) as e:
-        raise UserError(f"{checkpoint['file']} is damaged: '{key}' is missing, does not fit the sizes or is not finite ({type(e).__name__}: {e})") from e
     module = make().to(device)
     module.load_state_dict(weights)
     return module.requires_grad_(False).eval()
@@ -630,12 +601,9 @@ def pick_device(name):
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30), libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        zero = torch.zeros((), device=name)
-        zero.item()  # the device "meta" holds no numbers
-        return zero.device
-    except Exception as e:  # of many kinds
-        raise UserError(f"--device {name} can't be used here, try auto or cpu ({str(e).splitlines()[0]})") from e
+    with explained(f"--device {name} can't be used here, try auto or cpu"):
+        torch.zeros((), device=name).item()  # the device "meta" holds no numbers
+    return torch.device(name)
 
 
 def check_range(args, low, high, *names):
@@ -663,59 +631,54 @@ class Interrupt:
         raise SystemExit(130)
 
 
-def save_state(path, args, logger, **contents):
-    """Saves a run in progress for --resume: contents, arguments, the logs' length and the states of all random generators."""
+def save_state(logger, modules, **contents):
+    """Saves a run in progress for --resume: modules (dict of name -> what has a state dict), contents, the logs' length, all random generators."""
     _, keys, *position = np.random.get_state()  # plain numbers: files are read with weights_only=True
     rng = {"python": random.getstate(), "numpy": (keys.tolist(), *position), "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
     logger.file.flush()
     os.fsync(logger.file.fileno())  # the state counts on what was logged so far
-    save_checkpoint(path, stage="state", args=json.dumps(comparable(args)), rng=rng, logged=logger.file.tell(), **contents)
+    states = {name: module.state_dict() for name, module in modules.items()}
+    save_checkpoint(logger.dir / "state.pt", stage="state", rng=rng, logged=logger.file.tell(), **states, **contents)
 
 
-def fingerprint(*paths):
-    """Of the files that a run starts from (a folder stands for its .npz files): names, sizes, and the check sum of checkpoints"""
-    files = [f for p in map(Path, paths) for f in (sorted(p.glob("*.npz")) if os.path.isdir(p) else [p]) if os.path.isfile(f)]
-    return [[f.name, f.stat().st_size, zlib.crc32(f.read_bytes()) if f.suffix == ".pt" else 0] for f in files]
+def settings(args):
+    """The flags, as JSON gives them back, and a check sum of what --checkpoint and --dataset hold (of .npz files their names and sizes)."""
+    paths = [Path(p) for p in (getattr(args, "checkpoint", None), getattr(args, "dataset", None)) if p]
+    files = [f for p in paths for f in (sorted(p.glob("*.npz")) if os.path.isdir(p) else [p]) if os.path.isfile(f)]
+    found = [zlib.crc32(f.read_bytes()) if f.suffix == ".pt" else (f.name, f.stat().st_size) for f in files]
+    return json.loads(json.dumps(dataclasses.asdict(args) | {"check sum of the inputs": zlib.crc32(repr(found).encode())}))
 
 
-def load_state(path, args, device, inputs=None):
-    """What save_state wrote, or None if the run was killed before its first save. UserError: the run had other arguments or inputs."""
-    if args.overwrite:
-        raise UserError("give --resume or --overwrite, not both")
-    if not (started := Path(path).with_name("args.json")).exists():
+def load_state(run_dir, args, device):
+    """What save_state wrote; None without --resume, or if the run was killed before its first save. UserError: it had other flags or inputs."""
+    if not args.resume or not (Path(run_dir) / "args.json").exists():
         return None
-    state = load_checkpoint(path, ("state",), device) if Path(path).exists() else None
-    before, now = json.loads(state["args"] if state else started.read_text()), comparable(args)
+    before, now = json.loads((Path(run_dir) / "args.json").read_text()), settings(args)
     for name in now:
-        if before.get(name, now[name]) != now[name]:
-            raise UserError(f"--resume needs the flags of the start: --{name.replace('_', '-')} was {before[name]}, now it is {now[name]}")
-    if state and state.get("inputs") != inputs:
-        raise UserError("--resume: --checkpoint or --dataset is not what the run was started with; use --overwrite to start anew")
-    return state
+        if name not in ("resume", "overwrite", "track", "device", "run_dir") and before.get(name, now[name]) != now[name]:
+            raise UserError(f"--resume needs the flags and inputs of the start: {name} was {before[name]}, now it is {now[name]}")
+    path = Path(run_dir) / "state.pt"
+    return load_checkpoint(path, ("state",), device) if path.exists() else None
 
 
-def comparable(args):
-    """The arguments that a resumed run must share with its start, as they come back from JSON"""
-    free = ("resume", "overwrite", "track", "device", "run_dir")
-    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(args).items() if k not in free}))
+def restore(state, modules):
+    """Modules and random generators as they were at save_state."""
+    for name, module in modules.items():
+        module.load_state_dict(state[name])
+    random.setstate(state["rng"]["python"])
+    np.random.set_state(("MT19937", *state["rng"]["numpy"]))
+    torch.set_rng_state(state["rng"]["torch"].cpu())
+    for i in range(min(len(state["rng"]["cuda"]), torch.cuda.device_count())):
+        torch.cuda.set_rng_state(state["rng"]["cuda"][i].cpu(), i)
 
 
-def restore_rng(rng):
-    """Sets the random generators to the states in a file of save_state."""
-    random.setstate(rng["python"])
-    np.random.set_state(("MT19937", *rng["numpy"]))
-    torch.set_rng_state(rng["torch"].cpu())
-    for i in range(min(len(rng["cuda"]), torch.cuda.device_count())):
-        torch.cuda.set_rng_state(rng["cuda"][i].cpu(), i)
-
-
-def stop_if_diverged(run_dir, update, terms, **contents):
-    """Called before an optimiser's step: if a term (dict of name -> tensor) is NaN or infinite, saves `contents` (the batch and the
-    weights, which this step would have spoilt) as diverged.pt and ends the run with the term's name."""
+def stop_if_diverged(run_dir, update, terms, modules, **batch):
+    """Before an optimiser's step: if a term (dict of name -> tensor) is NaN or infinite, saves batch and modules as diverged.pt and ends the run."""
     if not torch.isfinite(sum(v.detach().sum() for v in terms.values())):  # one look at the device
         bad = [name for name, v in terms.items() if not torch.isfinite(v).all()] or list(terms)
         path = Path(run_dir) / "diverged.pt"
-        save_checkpoint(path, stage="diverged", update=update, terms=bad, **{k: v() if callable(v) else v for k, v in contents.items()})
+        weights = {name: module.state_dict() for name, module in modules.items()}
+        save_checkpoint(path, stage="diverged", update=update, terms=bad, batch=batch, weights=weights)
         raise UserError(f"{', '.join(bad)} is not finite in update {update + 1}; batch and weights before it are in {path}; try a smaller learning rate")
 
 
@@ -727,42 +690,35 @@ class Logger:
         from torch.utils.tensorboard import SummaryWriter
 
         if args.track:
-            try:
+            with explained("--track needs Weights & Biases: pip install wandb", ImportError):
                 import wandb
-            except ImportError as e:
-                raise UserError("--track needs Weights & Biases: pip install wandb") from e
         self.dir, self.warned = Path(run_dir), set()
-        try:
-            there = [n for n in os.listdir(run_dir) if not n.startswith(".")] if os.path.isdir(run_dir) else []
-            begun = args.resume and "args.json" in there and not any(n.endswith(".pt") for n in there)  # killed before its first save
+        with explained(f"can't write into --run-dir {run_dir}", OSError):
+            there = {p.name for p in self.dir.glob("[!.]*")}
+            begun = args.resume and "args.json" in there and not list(self.dir.glob("*.pt"))  # killed before its first save
             if there and not (args.overwrite or state or begun):
                 raise UserError(f"{run_dir} holds files already; choose another --run-dir, or add --overwrite (or --resume, if it holds this run)")
             self.dir.mkdir(parents=True, exist_ok=True)
-            if not state:
+            if state:  # what was logged after the save comes again
+                os.truncate(self.dir / "metrics.csv", state["logged"])
+            else:
                 for old in [*self.dir.glob("events.out.tfevents.*"), self.dir / "state.pt"]:
                     old.unlink(missing_ok=True)
-                write_atomically(self.dir / "args.json", lambda file: file.write(json.dumps(dataclasses.asdict(args), indent=1).encode()))
-            self.file = open(self.dir / "metrics.csv", "r+" if state else "w", newline="")
-            if state:  # what was logged after the save comes again
-                self.file.truncate(self.file.seek(state["logged"]))
-            else:
-                self.file.write("step,metric,value\n")
+                write_atomically(self.dir / "args.json", lambda file: file.write(json.dumps(settings(args), indent=1).encode()))
+                (self.dir / "metrics.csv").write_text("step,metric,value\n")
+            self.file = open(self.dir / "metrics.csv", "a")
             if args.track:  # before the writer, which it listens to
                 wandb.init(project="redraw", name=self.dir.name, config=dataclasses.asdict(args), dir=str(self.dir), sync_tensorboard=True)
             self.tensorboard = SummaryWriter(str(self.dir), purge_step=state["purge_step"] if state else None)
-        except OSError as e:
-            raise UserError(f"can't write into --run-dir {run_dir}: {e.strerror}") from e
 
     def log(self, step, metrics):
         """metrics: dict of name -> number or 0-d tensor"""
         metrics = {k: float(v.detach() if torch.is_tensor(v) else v) for k, v in metrics.items()}
-        try:
+        with explained(f"can't write the logs in {self.dir}", OSError):
             self.file.writelines(f"{step},{name},{value:.6g}\n" for name, value in metrics.items())
             self.file.flush()
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)
-        except OSError as e:
-            raise UserError(f"can't write the logs in {self.dir}: {e.strerror}") from e
         return metrics
 
     def warn(self, when, text):
@@ -786,14 +742,12 @@ class Logger:
 
         self.file.close()
         self.tensorboard.close()
-        series = {}
-        for row in csv.DictReader(open(self.dir / "metrics.csv")):
-            series.setdefault(row["metric"], []).append((int(row["step"]), float(row["value"])))
-        series = {name: points for name, points in series.items() if len(points) > 1}
-        if series:
-            figure = Figure(figsize=(14, 2.2 * -(-len(series) // 4)), layout="constrained")
-            for i, (name, points) in enumerate(series.items()):
-                axes = figure.add_subplot(-(-len(series) // 4), 4, i + 1)
-                axes.plot(*zip(*points), color="#0072B2", linewidth=1)
+        rows = np.array([line.split(",") for line in (self.dir / "metrics.csv").read_text().splitlines()[1:]]).reshape(-1, 3)  # as texts
+        names = [name for name in dict.fromkeys(rows[:, 1]) if (rows[:, 1] == name).sum() > 1]
+        if names:
+            figure = Figure(figsize=(14, 2.2 * -(-len(names) // 4)), layout="constrained")
+            for i, name in enumerate(names):
+                axes, own = figure.add_subplot(-(-len(names) // 4), 4, i + 1), rows[rows[:, 1] == name]
+                axes.plot(own[:, 0].astype(int), own[:, 2].astype(float), color="#0072B2", linewidth=1)
                 axes.set_title(name, fontsize=9)
             write_atomically(self.dir / "curves.png", lambda file: figure.savefig(file, dpi=70))

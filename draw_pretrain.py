@@ -33,8 +33,8 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from common import (DRAW, Actor, Critic, Interrupt, Logger, Policy, Sizes, UserError, check_range, held_noise, kl_categorical, load_state,
-                    make_envs, mix, mlp, pick_device, read_npz, restore_rng, sample_onehot, save_checkpoint, save_dataset, save_state,
+from common import (ARRAYS, DRAW, Actor, Critic, Interrupt, Logger, Policy, Sizes, UserError, check_range, explained, held_noise, kl_categorical,
+                    load_state, make_envs, mix, mlp, pick_device, read_npz, restore, sample_onehot, save_checkpoint, save_dataset, save_state,
                     seed_everything, softmax, stop_if_diverged, symlog, twohot_log_prob, twohot_mean, unimix)  # fmt: skip
 
 
@@ -127,18 +127,12 @@ class Replay:
 
     def __init__(self, rows, n_envs, sizes, device="cpu"):
         self.length, L, device = max(rows // n_envs, 2), sizes.image_size, torch.device(device)
-        shape = n_envs, self.length
+        shapes = {"image": (L, L, 3), "vector": (sizes.vector_size,), "action": (sizes.action_size,)}
         fits = device.type == "cuda" and 2 * n_envs * self.length * L * L * 3 < torch.cuda.mem_get_info(device)[0]
-        # In the main memory, torch.empty takes none until a row is written.
-        self.data = {
-            "image": torch.empty((*shape, L, L, 3), dtype=torch.uint8, device=device if fits else "cpu"),
-            "vector": torch.empty((*shape, sizes.vector_size)),
-            "action": torch.empty((*shape, sizes.action_size)),
-            "reward": torch.empty(shape),
-            "is_first": torch.empty(shape, dtype=torch.bool),
-            "is_last": torch.empty(shape, dtype=torch.bool),
-            "is_terminal": torch.empty(shape, dtype=torch.bool),
-        }
+        # In the main memory, np.empty takes none until a row is written.
+        self.data = {key: torch.from_numpy(np.empty((n_envs, self.length, *shapes.get(key, ())), dtype)) for key, dtype in ARRAYS.items()}
+        if fits:
+            self.data["image"] = torch.empty_like(self.data["image"], device=device)
         self.added = 0  # rows ever written, per environment
         self.full = set()  # names of the files that `save` need not write again
 
@@ -216,8 +210,7 @@ def world_model_loss(draw, data, args, soft):
     Args:
         data: sequences of Replay.sample, (B, T, ...).
         soft: share of the probabilities in the latent; 0 but early in training, so that z is one-hot.
-    Returns:
-        loss (), dict of metrics, and (embed (B, T, E), z, sigma (B, T, S, K)) without gradients.
+    Returns: loss (), dict of metrics, and (embed (B, T, E), z, sigma (B, T, S, K)) without gradients.
     """
     first = data["is_first"].clone()  # (B, T)
     first[:, 0] = True
@@ -251,10 +244,8 @@ def source_range(draw, batches):
     """How a world model does at home: the yardstick for the target's data in stage 2, which then needs no source data.
 
     Args:
-        batches: replayed sequences, dicts of tensors (B, T, ...). The model was trained on them; a model that knows them by heart
-            would make the yardstick too strict, but every stage-1 run sees a sequence only some tens of times.
-    Returns:
-        dict of plain numbers: "kl", KL(q || p) per step in nats, first steps left out; and the 1, 50 and 99 % quantiles over frames
+        batches: replayed sequences, dicts of tensors (B, T, ...); the model was trained on them, but saw each only some tens of times.
+    Returns: dict of plain numbers: "kl", KL(q || p) per step in nats, first steps left out; and the 1, 50 and 99 % quantiles over frames
         of "image error" and "vector error", of the reconstruction, and of "posterior entropy", in nats.
     """
     kls, frames = [], []
@@ -314,7 +305,7 @@ class Ensemble(nn.Module):
         return self(sigma, z, action).std(0).mean(-1)
 
 
-class ActorCritic:
+class ActorCritic(nn.Module):
     """An actor and a critic trained in imagination (lambda-returns, two-hot critic).
 
     The actor's loss below is REINFORCE's; with actor_grad "dynamics" it is -w_t (R_t / scale + 3e-4 entropy), whose gradient goes
@@ -329,23 +320,21 @@ class ActorCritic:
     """
 
     def __init__(self, sizes, args, actor_grad, scale_floor, device):
+        super().__init__()
         self.args, self.actor_grad, self.scale_floor = args, actor_grad, scale_floor
         self.actor, self.critic, self.slow_critic = Actor(sizes).to(device), Critic(sizes).to(device), Critic(sizes).to(device)
         self.slow_critic.load_state_dict(self.critic.state_dict())
+        self.register_buffer("scale", torch.zeros((), device=device))
         self.optimizer = torch.optim.Adam([*self.actor.parameters(), *self.critic.parameters()], lr=args.actor_lr, eps=1e-5, fused=True)
-        self.modules = {"actor": self.actor, "critic": self.critic, "slow_critic": self.slow_critic, "optimizer": self.optimizer}
-        self.scale = torch.zeros((), device=device)
 
     def update(self, draw, z, sigma, weight, reward_fn, check=None):
         """One update from imagined trajectories.
 
         Args:
-            z, sigma: (B, S, K), posterior states to start from.
-            weight: (B,), 0 where a start is terminal, else 1.
+            z, sigma: (B, S, K), posterior states to start from.   weight: (B,), 0 where a start is terminal, else 1.
             reward_fn: function (z_t, sigma_t, a_t, z_{t+1}), each (H, B, ...) -> rewards (H, B).
             check: function (dict of terms, batch), called before the optimiser's step, that may end the run.
-        Returns:
-            dict of metrics.
+        Returns: dict of metrics.
         """
         args, H = self.args, self.args.horizon
         with torch.set_grad_enabled(self.actor_grad == "dynamics"):  # REINFORCE needs no gradient through the dynamics
@@ -400,15 +389,6 @@ class ActorCritic:
         metrics = {"return": returns.mean(), "reward": rewards.mean(), "entropy": entropy.mean(), "scale": self.scale, "critic_loss": critic_loss}
         return {k: v.detach() for k, v in metrics.items()}  # without the graph of the imagination
 
-    def state(self):
-        """Everything that an update changes, for --resume"""
-        return {name: module.state_dict() for name, module in self.modules.items()} | {"scale": self.scale}
-
-    def load(self, state):
-        for name, module in self.modules.items():
-            module.load_state_dict(state[name])
-        self.scale = state["scale"]
-
 
 def open_loop(draw, z, action, dynamics=None, prior=mix):
     """One sampled rollout that sees the first frame alone and then follows the actions that were really taken.
@@ -416,8 +396,7 @@ def open_loop(draw, z, action, dynamics=None, prior=mix):
     Args:
         z: (n, S, K), sampled from the posterior of x_0.   action: (n, H, A), a_0 .. a_{H-1}.
         dynamics, prior: (z, sigma, a) -> u and sigma -> p, to use instead of DRAW's own.
-    Returns:
-        z_0 .. z_H, (n, H + 1, S, K).
+    Returns: z_0 .. z_H, (n, H + 1, S, K).
     """
     dynamics, (z_before, sigma_before) = dynamics or draw.dynamics, draw.initial(len(z))
     sigma, zs = softmax(dynamics(z_before, sigma_before, torch.zeros(len(z), action.shape[-1], device=z.device))), [z]  # sigma_0, as in DRAW.observe
@@ -473,19 +452,17 @@ def disagreement_map(draw, ensemble, replay, logger, step, device, most=1024):
 
 
 def main(args):
-    check_range(args, 1, 10**12, "steps", "episode_steps", "image_size", "starts", "log_every", "policy_every", "explore_every", "save_every")
+    check_range(args, 1, 10**12, "steps", "episode_steps", "image_size", "log_every", "policy_every", "explore_every", "save_every")
     check_range(args, 1e-9, 10**9, "hold", "gain", "train_every", "return_floor")
     check_range(args, 1e-9, 1, "lr", "actor_lr")
     check_range(args, 1, 65536, "n_envs", "batch", "horizon", "S", "cnn_depth", "units", "actor_units", "vector_units", "vector_layers")
     check_range(args, 2, 65536, "length", "ensemble", "K")  # of a variable with one class nothing can be learnt
     check_range(args, 0, 10**9, "soft_updates", "ensemble_target", "policy_start", "warmup", "entropy", "image_scale", "vector_scale", "reward_scale")
     check_range(args, 0, 1, "rewarded", "gamma", "lam")
-    if args.starts > args.batch * args.length:
-        raise UserError(f"--starts {args.starts} is more than batch x length = {args.batch * args.length} states")
-    if not args.n_envs * args.length <= args.prefill < args.steps:
-        raise UserError(f"--prefill must be at least n_envs x length = {args.n_envs * args.length} rows and less than --steps, it is {args.prefill}")
-    if args.replay_size < args.n_envs * args.length:
-        raise UserError(f"--replay-size must hold at least n_envs x length = {args.n_envs * args.length} rows")
+    check_range(args, 1, args.batch * args.length, "starts")  # no more than the states of a batch
+    least = args.n_envs * args.length
+    if min(args.prefill, args.replay_size) < least or args.prefill >= args.steps:
+        raise UserError(f"--prefill and --replay-size must be at least n_envs x length = {least} rows, and --prefill less than --steps")
     interrupt = Interrupt()
     seed_everything(args.seed)
     device = pick_device(args.device)
@@ -496,12 +473,10 @@ def main(args):
         S=args.S, K=args.K, cnn_depth=args.cnn_depth, vector_units=args.vector_units, vector_layers=args.vector_layers,
         units=args.units, actor_units=args.actor_units,
     )  # fmt: skip
-    try:
+    with explained(f"--replay-size {args.replay_size}, --image-size or the networks' sizes are too large for the memory"):
         draw, replay = DRAW(sizes).to(device), Replay(args.replay_size, args.n_envs, sizes, device)
-    except (MemoryError, RuntimeError, ValueError, OverflowError) as e:
-        raise UserError(f"--replay-size {args.replay_size}, --image-size or the networks' sizes are too large for the memory ({e})") from e
     run_dir = Path(args.run_dir or f"runs/pretrain-{args.env_id.split('/')[-1]}-{args.seed}")
-    saved = load_state(run_dir / "state.pt", args, device) if args.resume else None
+    saved = load_state(run_dir, args, device)
     logger = Logger(run_dir, args, saved)
 
     if device.type == "cpu":
@@ -511,6 +486,8 @@ def main(args):
     explore = ActorCritic(sizes, args, "reinforce", scale_floor=0.01, device=device)
     optimizer = torch.optim.Adam(draw.parameters(), lr=args.lr, eps=1e-8, fused=True)
     ensemble_optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.lr, eps=1e-8, fused=True)
+    modules = {"draw": draw, "ensemble": ensemble, "task": task, "explore": explore, "optimizer": optimizer, "ensemble_optimizer": ensemble_optimizer,
+               "task_optimizer": task.optimizer, "explore_optimizer": explore.optimizer}  # fmt: skip
 
     def task_reward(z, sigma, action, z_next):
         return draw.reward(z_next)
@@ -518,18 +495,13 @@ def main(args):
     def explore_reward(z, sigma, action, z_next):
         return ensemble.disagreement(sigma, z, action)
 
-    modules = {"draw": draw, "ensemble": ensemble, "optimizer": optimizer, "ensemble_optimizer": ensemble_optimizer}
-
-    def weights():  # all that an update changes
-        return {name: module.state_dict() for name, module in modules.items()} | {"task": task.state(), "explore": explore.state()}
-
     def check(terms, batch):
-        stop_if_diverged(run_dir, updates, terms, batch=batch, weights=weights)
+        stop_if_diverged(run_dir, updates, terms, modules, **batch)
 
     def save(step, **more):
         files = replay.save(run_dir / "replay")  # first the rows, then the state that counts on them, then what nobody needs any more
-        save_state(run_dir / "state.pt", args, logger, step=step, update=updates, purge_step=updates + 1, awake=awake, finished=finished,
-                   policy_metrics=policy_metrics, action=torch.from_numpy(action), replay_files=files, replay_added=replay.added, **weights())  # fmt: skip
+        save_state(logger, modules, step=step, update=updates, purge_step=updates + 1, finished=finished, policy_metrics=policy_metrics,
+                   action=torch.from_numpy(action), replay_files=files, replay_added=replay.added)  # fmt: skip
         for old in (run_dir / "replay").glob("*.npz"):
             if old.name not in files:  # rows that left the ring, or of a run that this one overwrites
                 old.unlink()
@@ -541,18 +513,14 @@ def main(args):
     total_updates = int((args.steps - args.prefill) / args.train_every)
     if args.collect != "random" and args.policy_start >= total_updates:
         print(f"warning: no policy is trained: --policy-start {args.policy_start}, but these --steps make {total_updates} updates; random actions collect")
-    updates, begin, awake, finished, policy_metrics, start = 0, 0, False, [], {}, time.time()
+    updates, begin, finished, policy_metrics, start = 0, 0, [], {}, time.time()
     action = np.zeros((args.n_envs, sizes.action_size), np.float32)
     collectors = np.full(args.n_envs, RANDOM)  # per environment, drawn anew for each episode
     if saved:
-        for name, module in modules.items():
-            module.load_state_dict(saved[name])
-        task.load(saved["task"])
-        explore.load(saved["explore"])
         replay.load(run_dir / "replay", saved["replay_files"], saved["replay_added"])
-        updates, begin, awake, finished, policy_metrics = (saved[k] for k in ("update", "step", "awake", "finished", "policy_metrics"))
+        updates, begin, finished, policy_metrics = (saved[k] for k in ("update", "step", "finished", "policy_metrics"))
         action = saved["action"].cpu().numpy()
-        restore_rng(saved["rng"])
+        restore(saved, modules)
     new_episodes = True
     interrupt.waits = True
     bar = tqdm(total=args.steps, initial=begin, unit="step", smoothing=0.05, mininterval=1.0)
@@ -620,9 +588,8 @@ def main(args):
                     metrics["collect/episode_return"] = np.mean(finished)
                     finished = []
                 shown = logger.log(updates, metrics)
-                awake = awake or shown["world_model/kl"] > 1.5
-                stuck = updates > min(2000, total_updates // 2) and not awake and shown["world_model/kl"] < 1.01
-                logger.warn(stuck, "the KL stays at its free nat, so the latent says nothing: raise --image-scale and --vector-scale")
+                logger.warn(updates > min(2000, total_updates // 2) and shown["world_model/kl"] < 1.01, "the KL lies at its free nat: if prediction.gif is blurred, "
+                            "the latent says nothing; then raise --image-scale and --vector-scale")
                 logger.warn(shown.get("task/entropy", 0) < -0.8 * sizes.action_size, "the task policy's entropy is at its floor: raise --entropy or "
                             "--return-floor, or lower --actor-lr")  # the actor's smallest deviation, 0.1, has an entropy of -0.88 per action
                 most = replay.data["reward"][:, : len(replay)].abs().max().item() / (1 - args.gamma)  # no return is larger

@@ -34,8 +34,8 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, Interrupt, Logger, Policy, UserError, check_range, check_sizes, fingerprint, held_noise, kl_categorical, load_checkpoint,
-                    load_dataset, load_draw, load_module, load_policy, load_state, make_envs, mix, mlp, pick_device, restore_rng, sample_onehot,
+from common import (Actor, Interrupt, Logger, Policy, UserError, check_range, check_sizes, held_noise, kl_categorical, load_checkpoint,
+                    load_dataset, load_draw, load_module, load_policy, load_state, make_envs, mix, mlp, pick_device, restore, sample_onehot,
                     save_checkpoint, save_dataset, save_state, seed_everything, stop_if_diverged, unimix, write_atomically)  # fmt: skip
 from draw_pretrain import open_loop, reconstruction_errors
 
@@ -90,13 +90,7 @@ PRESETS = {
 class Rectified(nn.Module):
     """The latent dynamics of the target: f of the source plus the residual, one function (z, sigma, a) -> u.
 
-    A drop-in for DRAW.dynamics, used here and by train_policy.py.
-
-    Args:
-        draw: the frozen world model.
-        method: "residual", "replace", "finetune" or "none", see Args.
-        hidden, layers, use_sigma, members: of the residual, see Args.
-    """
+    A drop-in for DRAW.dynamics, used here and by train_policy.py. `draw` is the frozen world model; the rest see Args."""
 
     def __init__(self, draw, method="none", hidden=256, layers=1, use_sigma=False, members=1):
         super().__init__()
@@ -142,12 +136,9 @@ def adaptation_loss(draw, rectified, q, z, action, is_first):
     """KL( sg q(z_t | x_t) || Categorical(softmax(u_t)) ) along replayed target sequences.
 
     Args:
-        q: log-probabilities of the posterior (B, T, S, K), from the frozen encoder.
-        z: samples of it (B, T, S, K).
-        action: (B, T, A), taken AT x_t.
-        is_first: bool (B, T).
-    Returns:
-        (B, T), 0 at first steps, and the mask (B, T) of the other steps.
+        q: log-probabilities of the posterior (B, T, S, K), from the frozen encoder.   z: samples of it (B, T, S, K).
+        action: (B, T, A), taken AT x_t.   is_first: bool (B, T).
+    Returns: (B, T), 0 at first steps, and the mask (B, T) of the other steps.
     """
     mask = ~is_first.clone()
     mask[:, 0] = False
@@ -174,17 +165,10 @@ def load_rectified(checkpoint, draw, device):
 
 
 def collect(args, envs, policy):
-    """Records args.collect_steps rows in the target, WITHOUT rewards.
-
-    Args:
-        envs: of make_envs.
-        policy: function (image, vector) -> actions (n, A), or None for random actions.
-    Returns:
-        dict of arrays as in common.load_dataset, one environment after the other.
-    """
-    A = envs.single_action_space.shape[0]
+    """Records args.collect_steps rows in the target, WITHOUT rewards: dict of arrays as in common.load_dataset, one environment after the other.
+    policy: function (image, vector) -> actions (n, A), or None for random actions."""
+    n, A = args.n_envs, envs.single_action_space.shape[0]
     obs, _ = envs.reset(seed=args.seed + 10_000)
-    n = args.n_envs
     rows = {k: [] for k in ("image", "vector", "action", "is_first", "is_last", "is_terminal")}
     first, last, terminal = np.ones(n, bool), np.zeros(n, bool), np.zeros(n, bool)
     noise, noisy = np.zeros((n, A), np.float32), np.zeros(n, bool)
@@ -214,10 +198,8 @@ def split_episodes(is_first, holdout, length, seed):
         raise UserError("the dataset holds one episode, so none can be held out; record at least two")
     held_out = np.isin(episode, np.random.default_rng(seed).permutation(n)[: max(1, round(holdout * n))])
     rows = {"train": np.flatnonzero(~held_out), "held-out": np.flatnonzero(held_out)}
-    if min((~is_first[r]).sum() for r in rows.values()) == 0:
-        raise UserError("every episode of the training or of the held-out part has one row, so nothing is to be predicted; record longer ones")
-    if min(map(len, rows.values())) < length:
-        raise UserError(f"too little data for sequences of --length {length}: { {k: len(v) for k, v in rows.items()} } rows")
+    if min(map(len, rows.values())) < length or is_first[rows["train"]].all() or is_first[rows["held-out"]].all():
+        raise UserError(f"too little data for sequences of --length {length}: { {k: len(v) for k, v in rows.items()} } rows, or only first ones")
     return rows
 
 
@@ -260,8 +242,7 @@ def diagnose(draw, base, rectified, dataset, posterior, held_out, source, rollou
         base, rectified: the dynamics before and after, each a Rectified.   held_out: row numbers.
         dataset, posterior: all rows, and log q(z_t | x_t) of them, (N, S, K).   source: of draw_pretrain.source_range, or None.
         rollouts: from each start. The open-loop error is that of single rollouts, averaged; not that of their mean.
-    Returns:
-        dict of plain figures, and frames in [0, 1], (3, n, H + 1, L, L, 3): n sequences real, base, rectified.
+    Returns: dict of plain figures, and frames in [0, 1], (3, n, H + 1, L, L, 3): n sequences real, base, rectified.
     """
     torch.manual_seed(0)
     device, t = posterior.device, windows(held_out, dataset["is_first"])  # (n, H + 1)
@@ -372,17 +353,8 @@ def main(args):
     draw = load_draw(checkpoint, device)
     sizes = draw.sizes
     source = checkpoint.get("source_range")  # the yardsticks of the report; None of an unfinished stage 1
-    if source is not None:  # looked at before the training, not after it
-        try:
-            quantiles = np.array([source["image error"], source["vector error"], source["posterior entropy"]], float)
-            sane = quantiles.shape == (3, 3) and np.isfinite(quantiles).all() and 0 < source["kl"] < np.inf
-        except (TypeError, KeyError, ValueError):
-            sane = False
-        if not sane:
-            raise UserError(f"{args.checkpoint} is damaged: its source_range makes no sense; make one with draw_pretrain.py")
     run_dir = Path(args.run_dir or f"runs/adapt-{args.method}-{args.seed}")
-    inputs = fingerprint(args.checkpoint, *[args.dataset] * bool(args.dataset))
-    saved = load_state(run_dir / "state.pt", args, device, inputs) if args.resume else None
+    saved = load_state(run_dir, args, device)
     path = run_dir / "dataset.npz" if args.dataset is None else args.dataset
     if args.dataset or saved:
         dataset = load_dataset(path, sizes.image_size, sizes.vector_size, sizes.action_size)
@@ -415,6 +387,7 @@ def main(args):
     if args.method == "finetune":
         trained = list(draw.dynamics_net.requires_grad_(True).parameters())
     optimizer = torch.optim.Adam(trained, lr=args.lr, eps=1e-8, fused=True) if trained else None
+    modules = {"draw": draw, "rectified": rectified} | ({"optimizer": optimizer} if trained else {})
 
     def loss_of(part, start, dynamics=rectified):
         """(kl, mask), (B, T) each, of sequences that begin at the `start`-th rows (B,) of a part of the data"""
@@ -441,18 +414,13 @@ def main(args):
     update, best, start_time = 0, np.inf, time.time()
     before = {part: mean_kl(part, Rectified(draw, "none")) for part in rows}  # of the source's own dynamics
     if saved:
-        rectified.load_state_dict(saved["rectified"])
-        draw.load_state_dict(saved["draw"])
-        if optimizer:
-            optimizer.load_state_dict(saved["optimizer"])
         update, best = saved["update"], saved["best"]
-        restore_rng(saved["rng"])
+        restore(saved, modules)
     interrupt.waits = True
     bar = tqdm(total=args.updates if optimizer else 0, initial=update, unit="update", mininterval=1.0)
     while True:
         if update % args.save_every == 0 or update == args.updates or interrupt.asked:
-            save_state(run_dir / "state.pt", args, logger, update=update, purge_step=update, inputs=inputs, best=best, draw=draw.state_dict(),
-                       rectified=rectified.state_dict(), optimizer=optimizer.state_dict() if optimizer else None)  # fmt: skip
+            save_state(logger, modules, update=update, purge_step=update, best=best)
             if interrupt.asked:
                 interrupt.stop(f"saved after {update} updates")
         if update % args.log_every == 0 or update == args.updates:
@@ -470,8 +438,7 @@ def main(args):
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(trained, 1000.0)
-        stop_if_diverged(run_dir, update, {"kl": loss, "gradient": norm}, rows=torch.from_numpy(rows["train"][sequences]),
-                         draw=draw.state_dict, rectified=rectified.state_dict, optimizer=optimizer.state_dict)  # fmt: skip
+        stop_if_diverged(run_dir, update, {"kl": loss, "gradient": norm}, modules, rows=torch.from_numpy(rows["train"][sequences]))
         optimizer.step()
         update += 1
         bar.update()

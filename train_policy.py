@@ -37,8 +37,8 @@ from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, Critic, Interrupt, Logger, Policy, UserError, check_range, check_sizes, fingerprint, load_checkpoint, load_dataset,
-                    load_draw, load_state, make_envs, pick_device, restore_rng, sample_onehot, save_checkpoint, save_state, seed_everything, softmax,
+from common import (Actor, Critic, Interrupt, Logger, Policy, UserError, check_range, check_sizes, load_checkpoint, load_dataset,
+                    load_draw, load_state, make_envs, pick_device, restore, sample_onehot, save_checkpoint, save_state, seed_everything, softmax,
                     stop_if_diverged, twohot_log_prob, twohot_mean, write_atomically)  # fmt: skip
 from redraw_adapt import encode_dataset, load_rectified
 
@@ -140,8 +140,7 @@ def main(args):
             raise UserError(f"{env_id} has no time limit, an evaluation might not end; register it with max_episode_steps")
         envs.close()
     run_dir = Path(args.run_dir or f"runs/policy-{args.seed}")
-    inputs = fingerprint(args.checkpoint, args.dataset)
-    saved = load_state(run_dir / "state.pt", args, device, inputs) if args.resume else None
+    saved = load_state(run_dir, args, device)
     logger = Logger(run_dir, args, saved)
 
     # The encoder is frozen: each frame is encoded once, and no update touches an image.
@@ -167,15 +166,10 @@ def main(args):
     def film(update, env_id, frames):
         logger.video(update, env_id.split("/")[-1].split(":")[-1], frames[::2].repeat(4, 1).repeat(4, 2))
 
-    def weights():  # all that an update changes
-        return {name: module.state_dict() for name, module in modules.items()} | {"range_ema": range_ema}
-
     begin, most, start_time = 0, 0.0, time.time()
     if saved:
-        for name, module in modules.items():
-            module.load_state_dict(saved[name])
         range_ema, begin, most = saved["range_ema"], saved["update"], saved["most"]
-        restore_rng(saved["rng"])
+        restore(saved, modules)
     interrupt.waits = True
     bar = tqdm(range(begin + 1, args.updates + 1), initial=begin, total=args.updates, unit="update", mininterval=1.0)
     for update in bar:
@@ -244,7 +238,7 @@ def main(args):
 
         # Step, unless something is NaN or infinite.
         terms = {"reward": reward, "critic": value, "actor_loss": actor_loss, "critic_loss": critic_loss, "gradient": actor_norm + critic_norm}
-        stop_if_diverged(run_dir, update - 1, terms, rows=t, z=zs[0], weights=weights)
+        stop_if_diverged(run_dir, update - 1, terms, modules, rows=t, z=zs[0], range_ema=range_ema)
         actor_optimizer.step()
         critic_optimizer.step()
         range_ema = new_range
@@ -275,7 +269,7 @@ def main(args):
                 bar.write(f"update {update}: {env_id} return {returns.mean():.1f}")
 
         if update % args.save_every == 0 or update == args.updates or interrupt.asked:
-            save_state(run_dir / "state.pt", args, logger, update=update, purge_step=update + 1, inputs=inputs, most=most, **weights())
+            save_state(logger, modules, update=update, purge_step=update + 1, most=most, range_ema=range_ema)
             if interrupt.asked:
                 interrupt.stop(f"saved after {update} updates")
 

@@ -178,7 +178,7 @@ DATASETS = {
     "empty": (lambda r, F: b"", ["can't be read"]),
     "text": (lambda r, F: b"no arrays\n" * 99, ["can't be read"]),
     "a zip of something else": (lambda r, F: zip_bytes(readme=b"hello"), ["lacks"]),
-    "a zip of texts": (lambda r, F: zip_bytes(**{f"{k}.npy": b"no array" for k in r}), ["must be"]),
+    "a zip of texts": (lambda r, F: zip_bytes(**{f"{k}.npy": b"no array" for k in r}), ["2 rows"]),
     "a checkpoint": (lambda r, F: (F / "draw.pt").read_bytes(), ["lacks"]),
     "one array": (lambda r, F: npy_bytes(r["image"]), ["can't be read"]),
     "trap": (lambda r, F: npz_bytes(r | {"image": trap_array(F)}), ["can't be read", "allow_pickle"]),
@@ -201,17 +201,17 @@ DATASETS = {
     "channels first": (lambda r, F: npz_bytes(r | {"image": r["image"].transpose(0, 3, 1, 2)}), ["image"]),
     "oblong images": (lambda r, F: npz_bytes(r | {"image": r["image"][:, :8]}), ["image"]),
     "empty images": (lambda r, F: npz_bytes(r | {"image": r["image"][:, :0, :0]}), ["image"]),
-    "images of another size": (lambda r, F: npz_bytes(r | {"image": r["image"].repeat(2, 1).repeat(2, 2)}), ["image", "(16, 16, 3)"]),
+    "images of another size": (lambda r, F: npz_bytes(r | {"image": r["image"].repeat(2, 1).repeat(2, 2)}), ["image", "(60, 16, 16, 3)"]),
     "flat vector": (lambda r, F: npz_bytes(r | {"vector": r["vector"][:, 0]}), ["vector"]),
     "empty vector": (lambda r, F: npz_bytes(r | {"vector": r["vector"][:, :0]}), ["vector"]),
-    "vector of another size": (lambda r, F: npz_bytes(r | {"vector": r["vector"][:, [0, 1, 1]]}), ["vector", "(2,)"]),
+    "vector of another size": (lambda r, F: npz_bytes(r | {"vector": r["vector"][:, [0, 1, 1]]}), ["vector", "(60, 2)"]),
     "vector of texts": (lambda r, F: npz_bytes(r | {"vector": r["vector"].astype(str)}), ["vector"]),
     "vector of times": (lambda r, F: npz_bytes(r | {"vector": r["vector"].astype("m8[s]")}), ["vector"]),
     "complex vector": (lambda r, F: npz_bytes(r | {"vector": r["vector"].astype(complex)}), ["vector", "complex"]),
     "NaN in the vector": (lambda r, F: with_value(r, "vector", np.nan), ["vector", "row 4"]),
     "infinity in the vector": (lambda r, F: with_value(r, "vector", -np.inf), ["vector", "row 4"]),
     "too large for float32": (lambda r, F: with_value(r, "vector", 1e300, np.float64), ["vector", "row 4"]),
-    "actions of another size": (lambda r, F: npz_bytes(r | {"action": r["action"][:, [0, 0]]}), ["action", "(1,)"]),
+    "actions of another size": (lambda r, F: npz_bytes(r | {"action": r["action"][:, [0, 0]]}), ["action", "(60, 1)"]),
     "flat actions": (lambda r, F: npz_bytes(r | {"action": r["action"][:, 0]}), ["action"]),
     "numbered actions": (lambda r, F: npz_bytes(r | {"action": np.zeros(N, np.int64)}), ["action"]),
     "NaN in the actions": (lambda r, F: with_value(r, "action", np.nan), ["action", "row 4"]),
@@ -222,9 +222,9 @@ DATASETS = {
     "one flag for all": (lambda r, F: npz_bytes(r | {"is_first": np.array(True)}), ["is_first"]),
     "flags in a table": (lambda r, F: npz_bytes(r | {"is_terminal": r["is_terminal"][:, None]}), ["is_terminal"]),
     "records": (lambda r, F: npz_bytes(r | {"action": np.zeros(N, [("left", "f4"), ("right", "f4")])}), ["action"]),
-    "actions too few": (lambda r, F: npz_bytes(r | {"action": r["action"][:-1]}), ["length"]),
-    "images too few": (lambda r, F: npz_bytes(r | {"image": r["image"][:-1]}), ["length"]),
-    "rewards too many": (lambda r, F: npz_bytes(r | {"reward": np.zeros(N + 1)}), ["length"]),
+    "actions too few": (lambda r, F: npz_bytes(r | {"action": r["action"][:-1]}), ["action", "(60, 1)", "(59, 1)"]),
+    "images too few": (lambda r, F: npz_bytes(r | {"image": r["image"][:-1]}), ["image", "(60, 16, 16, 3)", "(59, 16, 16, 3)"]),
+    "rewards too many": (lambda r, F: npz_bytes(r | {"reward": np.zeros(N + 1)}), ["reward", "(60,)", "(61,)"]),
     **{
         f"truncated to {share}": (lambda r, F, share=share: npz_bytes(r)[: int(share * len(npz_bytes(r)))], ["can't be read"])
         for share in (0.001, 0.1, 0.5, 0.9, 0.999)
@@ -412,7 +412,7 @@ FLAGS = [
         (TARGET + " --hold -1", "--hold"),
         (TARGET + " --episode-steps -1", "--episode-steps"),
         (TARGET + " --collect-policy nonexisting", "nonexisting"),
-        (TARGET + " --collect-policy {F}", "no checkpoint"),
+        (TARGET + " --collect-policy {F}", "not a checkpoint"),
         (TARGET + " --collect-policy {F}/draw.pt", "train_policy.py"),
         (TARGET + " --collect-policy {F}/data.npz", "data.npz"),
         (TARGET + " --collect-policy {F}/wide-policy.pt", "sizes"),
@@ -443,9 +443,9 @@ FLAGS = [
     )),
     # paths
     *(flagged(stage, flags, *words) for stage in ("adapt", "policy") for flags, *words in (
-        ("--checkpoint {F}", "no checkpoint"),
+        ("--checkpoint {F}", "not a checkpoint"),
         ("--checkpoint {F}/nowhere.pt", "nowhere.pt"),
-        ("--checkpoint {F}/" + "x" * 300, "no checkpoint"),
+        ("--checkpoint {F}/" + "x" * 300, "not a checkpoint"),
         ("--checkpoint /proc/self/mem", "/proc/self/mem"),  # not even root can read its beginning
         ("--dataset {F}/empty-folder", "no dataset"),
         ("--dataset {F}/folder-of-folders", "no dataset"),
@@ -523,19 +523,6 @@ def test_bad_input(files, monkeypatch, capfd, stage, flags, words):
             assert code == 2 and out + err
         assert "Traceback" not in out + err
         assert contents(files) == before
-
-
-GOOD_RANGE = {"kl": 1.0, "image error": [1.0, 2.0, 3.0], "vector error": [1.0, 2.0, 3.0], "posterior entropy": [1.0, 2.0, 3.0]}
-
-
-@pytest.mark.parametrize(
-    "wrong", [[1], {}, "range", GOOD_RANGE | {"kl": 0.0}, GOOD_RANGE | {"kl": "1"}, GOOD_RANGE | {"vector error": [1.0]}, GOOD_RANGE | {"image error": [float("nan")] * 3}]
-)  # fmt: skip
-def test_yardsticks_that_make_no_sense(files, tmp_path, monkeypatch, wrong):
-    """of the source, in draw.pt: found before the training, not by the report after it"""
-    save_checkpoint(tmp_path / "draw.pt", **draw_checkpoint(source_range=wrong))
-    code = attempt(monkeypatch, files, "adapt", ["--checkpoint", str(tmp_path / "draw.pt"), "--run-dir", str(tmp_path / "run")])
-    assert code.startswith("error: ") and "source_range" in code and not (tmp_path / "run").exists()
 
 
 # ---- the same from outside, one of each kind

@@ -78,7 +78,7 @@ BAD_ROWS = {
     "text": (lambda r: r.update(vector=np.array([["a"]] * 6)), "vector"),
     "flat vector": (lambda r: r.update(vector=r["vector"][:, 0]), "vector"),
     "flags of two dimensions": (lambda r: r.update(is_last=r["is_last"][:, None]), "is_last"),
-    "unequal lengths": (lambda r: r.update(action=r["action"][:-1]), "length"),
+    "unequal lengths": (lambda r: r.update(action=r["action"][:-1]), "(5, 1)"),
     "a number": (lambda r: r.update(is_last=np.array(True)), "is_last"),
     "one row": (lambda r: r.update({k: v[:1] for k, v in r.items()}), "2 rows"),
     "NaN": (lambda r: r["vector"].__setitem__((4, 0), np.nan), "row 4"),

@@ -77,7 +77,7 @@ def test_stage_3_warns_of_a_policy_that_stopped_exploring(runs, tmp_path, capsys
 
 
 STAGE_1 = {  # what stage 1's logger is made to see -> words of its warning
-    "world_model/kl": (1.0, "the KL stays at its free nat"),
+    "world_model/kl": (1.0, "the KL lies at its free nat"),
     "task/entropy": (-0.85 * TINY.action_size, "the task policy's entropy is at its floor"),
     "task/scale": (1e6, "the critic is running away"),
 }

@@ -244,7 +244,7 @@ def test_resume_wants_the_flags_of_the_start(flags, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(undisturbed["redraw_adapt"][0], run_dir)
     before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
-    with pytest.raises(SystemExit, match="--hidden was 16, now it is 32"):
+    with pytest.raises(SystemExit, match="hidden was 16, now it is 32"):
         call(module, *stage_flags, "--hidden", 32, "--resume", "--run-dir", run_dir)
     assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
 
@@ -298,10 +298,9 @@ def test_resume_notices_another_checkpoint(flags, undisturbed, tmp_path):
     torch.manual_seed(5)
     other = save_tiny_draw(tmp_path / "draw.pt")  # of the same name and size, other weights
     at = stage_flags.index("--checkpoint") + 1
-    state = load_checkpoint(run_dir / "state.pt", ("state",))
-    monkey = {**state, "args": state["args"].replace(str(stage_flags[at]), other)}
-    torch.save({k: v for k, v in monkey.items() if k != "file"}, run_dir / "state.pt")
-    with pytest.raises(SystemExit, match="not what the run was started with"):
+    started = (run_dir / "args.json").read_text()
+    (run_dir / "args.json").write_text(started.replace(str(stage_flags[at]), other))
+    with pytest.raises(SystemExit, match="check sum of the inputs was"):
         call(module, *stage_flags[:at], other, *stage_flags[at + 1 :], "--resume", "--run-dir", run_dir)
 
 
