@@ -20,6 +20,7 @@ import signal
 import sys
 import warnings
 import zlib
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,20 +138,21 @@ for name, *task, suffix, changes in (
         gym.register(env_id, DMCEnv, kwargs=kwargs, max_episode_steps=500, disable_env_checker=True)
 
 
-def make_envs(env_id, n, image_size=None, episode_steps=None):
-    """n copies of one environment, stepped together: a SyncVectorEnv. The step after the end of an episode resets that copy, ignores its action and
+def make_envs(env_id, n, image_size=None, episode_steps=None, parallel=False):
+    """n copies of one environment, stepped together: a SyncVectorEnv, or, each in a process of its own, an AsyncVectorEnv. The step after the end of an episode resets that copy, ignores its action and
     returns the first observation of the next episode with reward 0. UserError: unknown id, or spaces that DRAW can't use.
 
     Args:
         image_size: for this project's ids; others come with a size of their own.
         episode_steps: a time limit in steps instead of the environment's own.
+        parallel: step them in processes of their own, with step_async and step_wait.
     """
     kwargs = {"max_episode_steps": episode_steps} if episode_steps else {}
     if image_size and env_id.split(":")[-1].startswith("redraw/"):
         kwargs["image_size"] = image_size
     known = ", ".join(i for i in gym.registry if i.startswith("redraw/"))
     with explained(f"can't make environment '{env_id}'; this project's: {known}; any other as module:id"):
-        envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id, **kwargs) for _ in range(n)])
+        envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id, **kwargs)] * (1 if parallel else n))
     obs, act = envs.single_observation_space, envs.single_action_space
     if not isinstance(obs, gym.spaces.Dict) or set(obs.spaces) != {"image", "vector"}:
         raise UserError(f"{env_id}: the observation space must be Dict(image=..., vector=...), it is {obs}")
@@ -161,6 +163,10 @@ def make_envs(env_id, n, image_size=None, episode_steps=None):
         raise UserError(f"{env_id}: vector must be float32 (V,), V at least 1, it is {obs['vector']}")
     if A == 0 or act not in [gym.spaces.Box(-1, 1, (A,), dtype) for dtype in (np.float16, np.float32, np.float64)]:
         raise UserError(f"{env_id}: the action space must be Box(-1, 1, (A,)), it is {act}; gymnasium.wrappers.RescaleAction can make it so")
+    if parallel:  # spawned, because a fork would share the GPU and the renderer
+        envs.close()
+        with explained(f"can't make environment '{env_id}' in processes of their own"):
+            envs = gym.vector.AsyncVectorEnv([lambda: gym.make(env_id, **kwargs)] * n, context="spawn")
     return envs
 
 
@@ -275,6 +281,13 @@ def init_weights(layer, scale=1.0):
     return layer
 
 
+class MLP(nn.Sequential):
+    """Layers whose output is float32, also where they compute in bfloat16 (--bf16): softmax, logarithms and losses want the digits."""
+
+    def forward(self, x):
+        return super().forward(x).float()
+
+
 def mlp(n_in, units, layers, n_out=None, out_scale=1.0):
     """Layers of Linear (no bias), LayerNorm, SiLU; then, if n_out is given, a Linear to n_out."""
     modules = []
@@ -283,7 +296,7 @@ def mlp(n_in, units, layers, n_out=None, out_scale=1.0):
         n_in = units
     if n_out:
         modules.append(init_weights(nn.Linear(n_in, n_out), out_scale))
-    return nn.Sequential(*modules)
+    return MLP(*modules)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -310,7 +323,7 @@ class Encoder(nn.Module):
         """image uint8 (..., L, L, 3), vector (..., V) -> embed (..., E)"""
         batch = image.shape[:-3]
         x = image.flatten(0, -4).permute(0, 3, 1, 2).float() / 255.0 - 0.5  # (B, 3, L, L), channels-last in memory
-        return torch.cat([self.cnn(x).flatten(1).unflatten(0, batch), self.vector(symlog(vector))], -1)
+        return torch.cat([self.cnn(x).float().flatten(1).unflatten(0, batch), self.vector(symlog(vector))], -1)
 
 
 class Decoder(nn.Module):
@@ -332,7 +345,7 @@ class Decoder(nn.Module):
     def forward(self, z):
         """z (..., Z) -> image (..., L, L, 3), about [0, 1]"""
         x = self.start(z.flatten(0, -2)).permute(0, 3, 1, 2)
-        return self.cnn(x).permute(0, 2, 3, 1).unflatten(0, z.shape[:-1]) + 0.5
+        return self.cnn(x).float().permute(0, 2, 3, 1).unflatten(0, z.shape[:-1]) + 0.5
 
 
 class DRAW(nn.Module):
@@ -672,14 +685,41 @@ def restore(state, modules):
         torch.cuda.set_rng_state(state["rng"]["cuda"][i].cpu(), i)
 
 
-def stop_if_diverged(run_dir, update, terms, modules, **batch):
-    """Before an optimiser's step: if a term (dict of name -> tensor) is NaN or infinite, saves batch and modules as diverged.pt and ends the run."""
-    if not torch.isfinite(sum(v.detach().sum() for v in terms.values())):  # one look at the device
-        bad = [name for name, v in terms.items() if not torch.isfinite(v).all()] or list(terms)
-        path = Path(run_dir) / "diverged.pt"
-        weights = {name: module.state_dict() for name, module in modules.items()}
-        save_checkpoint(path, stage="diverged", update=update, terms=bad, batch=batch, weights=weights)
-        raise UserError(f"{', '.join(bad)} is not finite in update {update + 1}; batch and weights before it are in {path}; try a smaller learning rate")
+class DivergenceCheck:
+    """Called before an optimiser's step: if a term is NaN or infinite, saves batch and modules as diverged.pt and ends the run. On CUDA a look would
+    make the host wait; there the optimisers among `modules` skip this step and all that follow by themselves, and the look comes `lag` calls later."""
+
+    def __init__(self, run_dir, modules, lag):
+        self.path, self.modules, self.lag, self.pending = Path(run_dir) / "diverged.pt", modules, lag, deque()
+        for module in modules.values():
+            if lag and isinstance(module, torch.optim.Optimizer):  # fused ones ask for it
+                device = module.param_groups[0]["params"][0].device
+                self.diverged = module.found_inf = getattr(self, "diverged", torch.zeros(1, device=device))
+
+    def __call__(self, update, terms, **batch):
+        """terms: dict of name -> tensor, losses and norms of gradients; batch: tensors to save with the weights"""
+        terms = {name: v.detach() for name, v in terms.items()}
+        finite, ready = torch.isfinite(sum(v.sum() for v in terms.values())), None
+        if self.lag:
+            self.diverged.copy_(torch.maximum(self.diverged, (~finite).float()))
+        if finite.is_cuda:
+            finite, ready = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True), torch.cuda.Event()
+            ready.record()
+        self.pending.append((finite, ready, update, terms, batch))
+        self.look(self.lag)
+
+    def look(self, most=0):
+        """Looks at the oldest calls, until `most` are left; before a save at all of them."""
+        while len(self.pending) > most:
+            finite, ready, update, terms, batch = self.pending.popleft()
+            if ready:
+                ready.synchronize()
+            if not finite:
+                bad = [name for name, v in terms.items() if not torch.isfinite(v).all()] or list(terms)
+                weights = {name: module.state_dict() for name, module in self.modules.items()}
+                save_checkpoint(self.path, stage="diverged", update=update, terms=bad, batch=batch, weights=weights)
+                raise UserError(f"{', '.join(bad)} is not finite in update {update + 1}; batch and weights before it are in {self.path}; try a smaller "
+                                "learning rate")  # fmt: skip
 
 
 class Logger:

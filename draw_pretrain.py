@@ -33,9 +33,9 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from common import (ARRAYS, DRAW, Actor, Critic, Interrupt, Logger, Policy, Sizes, UserError, check_range, explained, held_noise, kl_categorical,
+from common import (DivergenceCheck, ARRAYS, DRAW, Actor, Critic, Interrupt, Logger, Policy, Sizes, UserError, check_range, explained, held_noise, kl_categorical,
                     load_state, make_envs, mix, mlp, pick_device, read_npz, restore, sample_onehot, save_checkpoint, save_dataset, save_state,
-                    seed_everything, softmax, stop_if_diverged, symlog, twohot_log_prob, twohot_mean, unimix)  # fmt: skip
+                    seed_everything, softmax, symlog, twohot_log_prob, twohot_mean, unimix)  # fmt: skip
 
 
 @dataclass
@@ -52,6 +52,7 @@ class Args:
     # data
     steps: int = 9_000_000  # agent steps, summed over the environments
     n_envs: int = 4
+    parallel_envs: bool = False  # step each environment in a process of its own, while the models learn
     episode_steps: Optional[int] = None  # time limit while training (default: the environment's); short episodes see more start states
     image_size: int = 64  # pixels, for this project's environments
     # which policy collects: Plan2Explore, the task's, random actions, or a third of the episodes each
@@ -466,7 +467,7 @@ def main(args):
     interrupt = Interrupt()
     seed_everything(args.seed)
     device = pick_device(args.device)
-    envs = make_envs(args.env_id, args.n_envs, args.image_size, args.episode_steps)
+    envs = make_envs(args.env_id, args.n_envs, args.image_size, args.episode_steps, args.parallel_envs)
     spaces = envs.single_observation_space
     sizes = Sizes(
         image_size=spaces["image"].shape[0], vector_size=spaces["vector"].shape[0], action_size=envs.single_action_space.shape[0],
@@ -495,10 +496,13 @@ def main(args):
     def explore_reward(z, sigma, action, z_next):
         return ensemble.disagreement(sigma, z, action)
 
+    divergence = DivergenceCheck(run_dir, modules, lag=8 if device.type == "cuda" else 0)
+
     def check(terms, batch):
-        stop_if_diverged(run_dir, updates, terms, modules, **batch)
+        divergence(updates, terms, **batch)
 
     def save(step, **more):
+        divergence.look()
         files = replay.save(run_dir / "replay")  # first the rows, then the state that counts on them, then what nobody needs any more
         save_state(logger, modules, step=step, update=updates, purge_step=updates + 1, finished=finished, policy_metrics=policy_metrics,
                    action=torch.from_numpy(action), replay_files=files, replay_added=replay.added)  # fmt: skip
@@ -544,12 +548,8 @@ def main(args):
                 chosen = Policy(sizes, draw, actor_critic.actor)(obs["image"], obs["vector"])
                 action = np.where((who == collector)[:, None], chosen, action)
         replay.add(image=obs["image"], vector=obs["vector"], action=action, reward=reward, is_first=first, is_last=last, is_terminal=terminal)
-        obs, reward, terminated, truncated, _ = envs.step(action)
-        episode_return += reward
-        first, last, terminal = last, terminated | truncated, terminated
-        finished += episode_return[last].tolist()
-        episode_return[last] = 0.0
-        bar.update(args.n_envs)
+        if args.parallel_envs:
+            envs.step_async(action)  # they step while the models learn
 
         while updates < total_updates and step + args.n_envs >= args.prefill and updates < (step + args.n_envs - args.prefill) / args.train_every:
             lr = args.lr * min(1.0, (updates + 1) / max(args.warmup, 1))
@@ -599,6 +599,12 @@ def main(args):
                     f"updates {updates}/{total_updates} image {shown['world_model/image']:.2f} kl {shown['world_model/kl']:.1f} "
                     f"return {shown.get('collect/episode_return', np.nan):.0f} imagined {shown.get('task/return', np.nan):.1f}"
                 )
+        obs, reward, terminated, truncated, _ = envs.step_wait() if args.parallel_envs else envs.step(action)
+        episode_return += reward
+        first, last, terminal = last, terminated | truncated, terminated
+        finished += episode_return[last].tolist()
+        episode_return[last] = 0.0
+        bar.update(args.n_envs)
         if 10 * (step + args.n_envs) // args.steps > 10 * step // args.steps:  # ten times a run
             pictures(draw, replay, logger, updates, device)
             disagreement_map(draw, ensemble, replay, logger, updates, device)

@@ -34,9 +34,9 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, Interrupt, Logger, Policy, UserError, check_range, check_sizes, held_noise, kl_categorical, load_checkpoint,
+from common import (Actor, DivergenceCheck, Interrupt, Logger, Policy, UserError, check_range, check_sizes, held_noise, kl_categorical, load_checkpoint,
                     load_dataset, load_draw, load_module, load_policy, load_state, make_envs, mix, mlp, pick_device, restore, sample_onehot,
-                    save_checkpoint, save_dataset, save_state, seed_everything, stop_if_diverged, unimix, write_atomically)  # fmt: skip
+                    save_checkpoint, save_dataset, save_state, seed_everything, unimix, write_atomically)  # fmt: skip
 from draw_pretrain import open_loop, reconstruction_errors
 
 
@@ -388,6 +388,7 @@ def main(args):
         trained = list(draw.dynamics_net.requires_grad_(True).parameters())
     optimizer = torch.optim.Adam(trained, lr=args.lr, eps=1e-8, fused=True) if trained else None
     modules = {"draw": draw, "rectified": rectified} | ({"optimizer": optimizer} if trained else {})
+    check = DivergenceCheck(run_dir, modules, lag=4 if device.type == "cuda" else 0)
 
     def loss_of(part, start, dynamics=rectified):
         """(kl, mask), (B, T) each, of sequences that begin at the `start`-th rows (B,) of a part of the data"""
@@ -420,6 +421,7 @@ def main(args):
     bar = tqdm(total=args.updates if optimizer else 0, initial=update, unit="update", mininterval=1.0)
     while True:
         if update % args.save_every == 0 or update == args.updates or interrupt.asked:
+            check.look()
             save_state(logger, modules, update=update, purge_step=update, best=best)
             if interrupt.asked:
                 interrupt.stop(f"saved after {update} updates")
@@ -438,7 +440,7 @@ def main(args):
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(trained, 1000.0)
-        stop_if_diverged(run_dir, update, {"kl": loss, "gradient": norm}, modules, rows=torch.from_numpy(rows["train"][sequences]))
+        check(update, {"kl": loss, "gradient": norm}, rows=torch.from_numpy(rows["train"][sequences]))
         optimizer.step()
         update += 1
         bar.update()

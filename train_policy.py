@@ -37,9 +37,9 @@ from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, Critic, Interrupt, Logger, Policy, UserError, check_range, check_sizes, load_checkpoint, load_dataset,
+from common import (Actor, Critic, DivergenceCheck, Interrupt, Logger, Policy, UserError, check_range, check_sizes, load_checkpoint, load_dataset,
                     load_draw, load_state, make_envs, pick_device, restore, sample_onehot, save_checkpoint, save_state, seed_everything, softmax,
-                    stop_if_diverged, twohot_log_prob, twohot_mean, write_atomically)  # fmt: skip
+                    twohot_log_prob, twohot_mean, write_atomically)  # fmt: skip
 from redraw_adapt import encode_dataset, load_rectified
 
 
@@ -162,6 +162,7 @@ def main(args):
     range_ema = torch.zeros((), device=device)
 
     modules = {"actor": actor, "critic": critic, "slow_critic": slow_critic, "actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+    check = DivergenceCheck(run_dir, modules, lag=4 if device.type == "cuda" else 0)
 
     def film(update, env_id, frames):
         logger.video(update, env_id.split("/")[-1].split(":")[-1], frames[::2].repeat(4, 1).repeat(4, 2))
@@ -238,7 +239,7 @@ def main(args):
 
         # Step, unless something is NaN or infinite.
         terms = {"reward": reward, "critic": value, "actor_loss": actor_loss, "critic_loss": critic_loss, "gradient": actor_norm + critic_norm}
-        stop_if_diverged(run_dir, update - 1, terms, modules, rows=t, z=zs[0], range_ema=range_ema)
+        check(update - 1, terms, rows=t, z=zs[0], range_ema=range_ema)
         actor_optimizer.step()
         critic_optimizer.step()
         range_ema = new_range
@@ -269,6 +270,7 @@ def main(args):
                 bar.write(f"update {update}: {env_id} return {returns.mean():.1f}")
 
         if update % args.save_every == 0 or update == args.updates or interrupt.asked:
+            check.look()
             save_state(logger, modules, update=update, purge_step=update + 1, most=most, range_ema=range_ema)
             if interrupt.asked:
                 interrupt.stop(f"saved after {update} updates")
