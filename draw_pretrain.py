@@ -20,6 +20,7 @@ the later stages) and metrics.csv. Next: redraw_adapt.py.
 
 import dataclasses
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,8 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from common import (DivergenceCheck, ARRAYS, DRAW, Actor, Critic, Interrupt, Logger, Policy, Sizes, UserError, check_range, explained, held_noise, kl_categorical,
-                    load_state, make_envs, mix, mlp, pick_device, read_npz, restore, sample_onehot, save_checkpoint, save_dataset, save_state,
+from common import (ARRAYS, DRAW, Actor, Critic, DivergenceCheck, Interrupt, Logger, Policy, Sizes, UserError, check_range, explained, held_noise,
+                    kl_categorical, load_state, make_envs, mix, mlp, pick_device, read_npz, restore, sample_onehot, save_checkpoint, save_dataset, save_state,
                     seed_everything, softmax, symlog, twohot_log_prob, twohot_mean, unimix)  # fmt: skip
 
 
@@ -48,6 +49,8 @@ class Args:
     seed: int = 1
     device: str = "auto"  # auto, cpu or cuda
     track: bool = False  # log to Weights & Biases too
+    bf16: bool = False  # networks compute in bfloat16; distributions, losses and weights stay float32
+    compile: bool = False  # torch.compile of the losses and the imagination; the first update then takes minutes
 
     # data
     steps: int = 9_000_000  # agent steps, summed over the environments
@@ -328,15 +331,9 @@ class ActorCritic(nn.Module):
         self.register_buffer("scale", torch.zeros((), device=device))
         self.optimizer = torch.optim.Adam([*self.actor.parameters(), *self.critic.parameters()], lr=args.actor_lr, eps=1e-5, fused=True)
 
-    def update(self, draw, z, sigma, weight, reward_fn, check=None):
-        """One update from imagined trajectories.
-
-        Args:
-            z, sigma: (B, S, K), posterior states to start from.   weight: (B,), 0 where a start is terminal, else 1.
-            reward_fn: function (z_t, sigma_t, a_t, z_{t+1}), each (H, B, ...) -> rewards (H, B).
-            check: function (dict of terms, batch), called before the optimiser's step, that may end the run.
-        Returns: dict of metrics.
-        """
+    def losses(self, draw, z, sigma, weight, reward_fn):
+        """The two losses of imagined trajectories; arguments as in `update`. Returns actor_loss (), critic_loss (), rewards, values,
+        returns and entropy (H, B), and the new scale ()."""
         args, H = self.args, self.args.horizon
         with torch.set_grad_enabled(self.actor_grad == "dynamics"):  # REINFORCE needs no gradient through the dynamics
             zs, sigmas, actions = [z], [sigma], []
@@ -373,6 +370,18 @@ class ActorCritic(nn.Module):
         with torch.no_grad():
             slow_values = twohot_mean(self.slow_critic(zs[:-1]))  # (H, B)
         critic_loss = -(weights * (twohot_log_prob(logits[:-1], returns.detach()) + twohot_log_prob(logits[:-1], slow_values))).mean()
+        return actor_loss, critic_loss, rewards, values, returns, entropy, new_scale
+
+    def update(self, draw, z, sigma, weight, reward_fn, check=None):
+        """One update from imagined trajectories.
+
+        Args:
+            z, sigma: (B, S, K), posterior states to start from.   weight: (B,), 0 where a start is terminal, else 1.
+            reward_fn: function (z_t, sigma_t, a_t, z_{t+1}), each (H, B, ...) -> rewards (H, B).
+            check: function (dict of terms, batch), called before the optimiser's step, that may end the run.
+        Returns: dict of metrics.
+        """
+        actor_loss, critic_loss, rewards, values, returns, entropy, new_scale = self.losses(draw, z, sigma, weight, reward_fn)
         self.optimizer.zero_grad()
         actor_loss.backward(inputs=list(self.actor.parameters()), retain_graph=self.actor_grad == "dynamics")
         critic_loss.backward(inputs=list(self.critic.parameters()))
@@ -381,7 +390,7 @@ class ActorCritic(nn.Module):
         critic_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), 100.0)
         terms = {"reward": rewards, "critic": values, "actor_loss": actor_loss, "critic_loss": critic_loss, "gradient": actor_norm + critic_norm}
         if check:
-            check(terms, {"z": zs[0], "sigma": sigmas[0], "weight": weight})
+            check(terms, {"z": z, "sigma": sigma, "weight": weight})
         self.optimizer.step()
         self.scale = new_scale
         with torch.no_grad():
@@ -467,6 +476,19 @@ def main(args):
     interrupt = Interrupt()
     seed_everything(args.seed)
     device = pick_device(args.device)
+    # Under torchrun, several processes share all numbers below; the batch of an update is all of theirs together.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    run_dir = Path(args.run_dir or f"runs/pretrain-{args.env_id.split('/')[-1]}-{args.seed}")
+    if world > 1:
+        shared = ("n_envs", "batch", "starts", "steps", "prefill", "replay_size", "save_every")
+        if any(getattr(args, name) % world for name in shared):
+            raise UserError(f"{world} processes can't share " + ", ".join(f"--{n.replace('_', '-')} {getattr(args, n)}" for n in shared if getattr(args, n) % world))
+        args = dataclasses.replace(args, train_every=args.train_every / world, **{name: getattr(args, name) // world for name in shared})
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        run_dir = run_dir if rank == 0 else run_dir.with_name(f"{run_dir.name}-rank{rank}")  # each process keeps its own replay and state
     envs = make_envs(args.env_id, args.n_envs, args.image_size, args.episode_steps, args.parallel_envs)
     spaces = envs.single_observation_space
     sizes = Sizes(
@@ -476,7 +498,6 @@ def main(args):
     )  # fmt: skip
     with explained(f"--replay-size {args.replay_size}, --image-size or the networks' sizes are too large for the memory"):
         draw, replay = DRAW(sizes).to(device), Replay(args.replay_size, args.n_envs, sizes, device)
-    run_dir = Path(args.run_dir or f"runs/pretrain-{args.env_id.split('/')[-1]}-{args.seed}")
     saved = load_state(run_dir, args, device)
     logger = Logger(run_dir, args, saved)
 
@@ -489,6 +510,13 @@ def main(args):
     ensemble_optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.lr, eps=1e-8, fused=True)
     modules = {"draw": draw, "ensemble": ensemble, "task": task, "explore": explore, "optimizer": optimizer, "ensemble_optimizer": ensemble_optimizer,
                "task_optimizer": task.optimizer, "explore_optimizer": explore.optimizer}  # fmt: skip
+
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    loss_of = world_model_loss
+    if args.compile:
+        loss_of, ensemble.loss = torch.compile(world_model_loss), torch.compile(ensemble.loss)
+        for actor_critic in (task, explore):
+            actor_critic.losses = torch.compile(actor_critic.losses)
 
     def task_reward(z, sigma, action, z_next):
         return draw.reward(z_next)
@@ -525,9 +553,13 @@ def main(args):
         updates, begin, finished, policy_metrics = (saved[k] for k in ("update", "step", "finished", "policy_metrics"))
         action = saved["action"].cpu().numpy()
         restore(saved, modules)
+    elif rank:
+        seed_everything(args.seed + 1000 * rank)  # from here on; the weights began alike
+    if world > 1 and len(set(of_all_processes(torch.tensor([begin], device=device)).tolist())) > 1:
+        raise UserError("--resume: the processes' last saves are of different steps; start anew with --overwrite")
     new_episodes = True
-    interrupt.waits = True
-    bar = tqdm(total=args.steps, initial=begin, unit="step", smoothing=0.05, mininterval=1.0)
+    interrupt.waits = world == 1  # several processes would not stop at the same step: they end at once, and go on from the last save
+    bar = tqdm(total=args.steps, initial=begin, unit="step", smoothing=0.05, mininterval=1.0, disable=rank > 0)
     for step in range(begin, args.steps, args.n_envs):
         if new_episodes:  # at the start and after each save, so that a run goes on alike whether it is resumed there or not
             obs, _ = envs.reset(seed=np.random.randint(2**31))
@@ -560,16 +592,20 @@ def main(args):
             # 2. world model
             data = replay.sample(args.batch, args.length, device, args.rewarded)
             soft = max(0.0, 1.0 - updates / args.soft_updates) if args.soft_updates else 0.0
-            loss, metrics, (embed, z, sigma) = world_model_loss(draw, data, args, soft)
+            with autocast:
+                loss, metrics, (embed, z, sigma) = loss_of(draw, data, args, soft)
             optimizer.zero_grad()
             loss.backward()
+            average_gradients(draw.parameters())
             metrics["world_model/grad_norm"] = nn.utils.clip_grad_norm_(draw.parameters(), 1000.0)
             check(metrics, data)
             optimizer.step()
             # 3. ensemble, on what the world model just saw
-            ensemble_loss = ensemble.loss(sigma, z, data["action"], embed, data["is_first"])
+            with autocast:
+                ensemble_loss = ensemble.loss(sigma, z, data["action"], embed, data["is_first"])
             ensemble_optimizer.zero_grad()
             ensemble_loss.backward()
+            average_gradients(ensemble.parameters())
             metrics["explore/ensemble_loss"] = ensemble_loss
             check({"ensemble": ensemble_loss, "gradient": nn.utils.clip_grad_norm_(ensemble.parameters(), 1000.0)}, data)
             ensemble_optimizer.step()
@@ -577,10 +613,11 @@ def main(args):
             pick = torch.randperm(args.batch * args.length, device=device)[: args.starts]
             z, sigma = z.flatten(0, 1)[pick], sigma.flatten(0, 1)[pick]  # (starts, S, K)
             weight = 1.0 - data["is_terminal"].flatten()[pick].float()
-            if updates >= args.policy_start and updates % args.policy_every == 0:
-                policy_metrics |= {f"task/{k}": v for k, v in task.update(draw, z, sigma, weight, task_reward, check).items()}
-            if updates >= args.policy_start and updates % args.explore_every == 0:
-                policy_metrics |= {f"explore/{k}": v for k, v in explore.update(draw, z, sigma, weight, explore_reward, check).items()}
+            with autocast:
+                if updates >= args.policy_start and updates % args.policy_every == 0:
+                    policy_metrics |= {f"task/{k}": v for k, v in task.update(draw, z, sigma, weight, task_reward, check).items()}
+                if updates >= args.policy_start and updates % args.explore_every == 0:
+                    policy_metrics |= {f"explore/{k}": v for k, v in explore.update(draw, z, sigma, weight, explore_reward, check).items()}
             updates += 1
             if updates % args.log_every == 0 or updates == total_updates:
                 metrics = metrics | policy_metrics

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import TINY
+from helpers import TINY, user_error
 
 import draw_pretrain
-from common import DRAW, load_checkpoint, make_envs
+from common import DRAW, DivergenceCheck, load_checkpoint, make_envs
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGS = draw_pretrain.Args(horizon=3, starts=4, batch=4, length=5, return_floor=0.01)
@@ -94,3 +94,119 @@ def test_two_processes_have_the_gradients_of_the_joint_batch(tmp_path, monkeypat
     for name in losses:
         torch.testing.assert_close((halves[0][0][name] + halves[1][0][name]) / 2, losses[name], rtol=1e-4, atol=1e-6, msg=name)
     assert not torch.equal(halves[0][0]["world_model/loss"], halves[1][0]["world_model/loss"])  # the halves did differ
+
+
+def test_torchrun_trains_one_model(tmp_path):
+    """Two processes end with the same weights, but for the collected rows; and go on together"""
+    flags = """laptop --env-id toy_env:Toy-v0 --steps 400 --prefill 200 --n-envs 2 --hold 4 --replay-size 1000 --S 4 --K 4 --cnn-depth 2 --vector-units 8
+        --vector-layers 1 --units 8 --actor-units 8 --batch 4 --length 4 --train-every 8 --horizon 2 --starts 4 --policy-start 4 --policy-every 1 --explore-every 1
+        --ensemble 2 --ensemble-target 4 --log-every 5 --save-every 300 --device cpu""".split()
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "draw_pretrain.py"), *flags, "--run-dir", "run"]
+    for more in ([], ["--resume"]):
+        done = subprocess.run(command + more, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (load_checkpoint(tmp_path / name / "draw.pt", ("draw_pretrain",)) for name in ("run", "run-rank1"))
+    assert first["updates"] == second["updates"] == 25  # (400 - 200) / 8, as of one process
+    for part in ("draw", "task_actor", "explore_actor"):
+        for name, value in first[part].items():
+            torch.testing.assert_close(value, second[part][name], rtol=0, atol=0, msg=name)
+    rows = [np.load(next((tmp_path / name / "replay").glob("*.npz")))["vector"] for name in ("run", "run-rank1")]
+    assert len(rows[0]) == 200 and not np.array_equal(*rows)  # half of the steps each, and other ones
+
+
+def test_processes_that_can_not_share(tmp_path):
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "3"}
+    done = subprocess.run([sys.executable, ROOT / "draw_pretrain.py", "laptop", "--run-dir", tmp_path / "run"], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "3 processes can't share --n-envs 4" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("env_id", ["toy_env:Toy-v0", "redraw/PendulumSwingup-v0"])
+def test_parallel_environments_do_the_same(env_id):
+    """Also at the borders of episodes"""
+    seen = []
+    for parallel in (False, True):
+        envs = make_envs(env_id, 2, 16, episode_steps=7, parallel=parallel)
+        rng, rows = np.random.default_rng(0), [envs.reset(seed=5)[0]]
+        for _ in range(20):
+            action = rng.uniform(-1, 1, (2, 1)).astype(np.float32)
+            if parallel:
+                envs.step_async(action)
+            obs, *rest, _ = envs.step_wait() if parallel else envs.step(action)
+            rows += [obs, *rest]
+        envs.close()
+        seen.append([x for row in rows for x in (row.values() if isinstance(row, dict) else [row])])
+    assert all(np.array_equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_bfloat16_is_near_float32(monkeypatch):
+    """Losses within 2 %, gradients within 10 % of their length: what eight digits of precision leave"""
+    without_chance(monkeypatch)
+    plain, gradients = one_update(batch_of(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        fast, fast_gradients = one_update(batch_of(4))
+    assert any(not torch.equal(gradients[k], fast_gradients[k]) for k in gradients)  # it was switched on
+    for name in plain:
+        assert fast[name].dtype == torch.float32
+        torch.testing.assert_close(fast[name], plain[name], rtol=0.02, atol=1e-3, msg=name)
+    for name in gradients:
+        assert fast_gradients[name].dtype == torch.float32
+        assert (fast_gradients[name] - gradients[name]).norm() <= 0.1 * gradients[name].norm() + 1e-3, name
+
+
+def test_compiled_losses_are_the_plain_ones(monkeypatch):
+    without_chance(monkeypatch)
+    plain, gradients = one_update(batch_of(4))
+    torch._dynamo.reset()
+    monkeypatch.setattr(draw_pretrain, "world_model_loss", torch.compile(draw_pretrain.world_model_loss))
+    monkeypatch.setattr(draw_pretrain.ActorCritic, "losses", torch.compile(draw_pretrain.ActorCritic.losses))
+    fast, fast_gradients = one_update(batch_of(4))
+    for a, b in ((plain, fast), (gradients, fast_gradients)):
+        for name in a:
+            torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("lag", [0, 3])
+def test_divergence_is_noticed_later_but_changes_nothing(tmp_path, lag):
+    """With a lag, as on CUDA: the optimiser itself leaves the weights as they were before the bad step, and the run ends within `lag` calls."""
+    layer = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1, fused=True)
+    check = DivergenceCheck(tmp_path, {"layer": layer, "optimizer": optimizer}, lag)
+    weights, calls = [], 0
+    with user_error("loss, gradient", "update 3"):
+        for update in range(10):
+            x = torch.ones(4, 2) * (float("nan") if update == 2 else 1.0)
+            loss = layer(x).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            check(update, {"loss": loss, "gradient": layer.weight.grad.norm()}, x=x)
+            weights.append(copy.deepcopy(layer.state_dict()))  # before the step
+            optimizer.step()
+            calls += 1
+    assert calls == 2 + lag
+    saved = torch.load(tmp_path / "diverged.pt")
+    assert saved["batch"]["x"].isnan().all()
+    for name, value in (weights[2] if lag else layer.state_dict()).items():
+        assert torch.equal(saved["weights"]["layer"][name], value) and value.isfinite().all()
+    assert not torch.equal(weights[0]["weight"], saved["weights"]["layer"]["weight"])  # the steps before it were taken
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_no_update_waits_for_the_gpu():
+    """and the images of a replay that fits lie there"""
+    replay = draw_pretrain.Replay(100, 1, TINY, "cuda")
+    no = np.zeros(1, bool)
+    for _ in range(60):
+        replay.add(image=np.zeros((1, 16, 16, 3), np.uint8), vector=np.ones((1, 2)), action=np.ones((1, 1)), reward=np.ones(1), is_first=no, is_last=no, is_terminal=no)
+    assert replay.data["image"].is_cuda
+    draw = DRAW(TINY).cuda()
+    actor_critic = draw_pretrain.ActorCritic(TINY, ARGS, "reinforce", 0.01, "cuda")
+    check = DivergenceCheck("", {"optimizer": actor_critic.optimizer}, lag=100)
+    for mode in ("default", "error"):  # the first time may allocate
+        torch.cuda.set_sync_debug_mode(mode)
+        loss, metrics, (embed, z, sigma) = draw_pretrain.world_model_loss(draw, replay.sample(4, 5, "cuda", 0.5), ARGS, 0.0)
+        loss.backward()
+        check(0, metrics)
+        weight = torch.ones(20, device="cuda")
+        actor_critic.update(draw, z.flatten(0, 1), sigma.flatten(0, 1), weight, lambda z, sigma, a, z_next: draw.reward(z_next), lambda terms, batch: check(0, terms, **batch))
+    torch.cuda.set_sync_debug_mode("default")
