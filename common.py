@@ -23,6 +23,7 @@ import zlib
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -138,6 +139,11 @@ for name, *task, suffix, changes in (
         gym.register(env_id, DMCEnv, kwargs=kwargs, max_episode_steps=500, disable_env_checker=True)
 
 
+def make_env(env_id, **kwargs):
+    """gymnasium.make; it is here so that a process that calls it has imported this file, which registers the environments above."""
+    return gym.make(env_id, **kwargs)
+
+
 def make_envs(env_id, n, image_size=None, episode_steps=None, parallel=False):
     """n copies of one environment, stepped together: a SyncVectorEnv, or, each in a process of its own, an AsyncVectorEnv. The step after the end of an episode resets that copy, ignores its action and
     returns the first observation of the next episode with reward 0. UserError: unknown id, or spaces that DRAW can't use.
@@ -152,7 +158,7 @@ def make_envs(env_id, n, image_size=None, episode_steps=None, parallel=False):
         kwargs["image_size"] = image_size
     known = ", ".join(i for i in gym.registry if i.startswith("redraw/"))
     with explained(f"can't make environment '{env_id}'; this project's: {known}; any other as module:id"):
-        envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id, **kwargs)] * (1 if parallel else n))
+        envs = gym.vector.SyncVectorEnv([partial(make_env, env_id, **kwargs)] * (1 if parallel else n))
     obs, act = envs.single_observation_space, envs.single_action_space
     if not isinstance(obs, gym.spaces.Dict) or set(obs.spaces) != {"image", "vector"}:
         raise UserError(f"{env_id}: the observation space must be Dict(image=..., vector=...), it is {obs}")
@@ -166,7 +172,7 @@ def make_envs(env_id, n, image_size=None, episode_steps=None, parallel=False):
     if parallel:  # spawned, because a fork would share the GPU and the renderer
         envs.close()
         with explained(f"can't make environment '{env_id}' in processes of their own"):
-            envs = gym.vector.AsyncVectorEnv([lambda: gym.make(env_id, **kwargs)] * n, context="spawn")
+            envs = gym.vector.AsyncVectorEnv([partial(make_env, env_id, **kwargs)] * n, context="spawn")
     return envs
 
 
@@ -694,7 +700,7 @@ class DivergenceCheck:
         for module in modules.values():
             if lag and isinstance(module, torch.optim.Optimizer):  # fused ones ask for it
                 device = module.param_groups[0]["params"][0].device
-                self.diverged = module.found_inf = getattr(self, "diverged", torch.zeros(1, device=device))
+                self.diverged = module.found_inf = getattr(self, "diverged", torch.zeros((), device=device))
 
     def __call__(self, update, terms, **batch):
         """terms: dict of name -> tensor, losses and norms of gradients; batch: tensors to save with the weights"""

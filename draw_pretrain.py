@@ -383,8 +383,11 @@ class ActorCritic(nn.Module):
         """
         actor_loss, critic_loss, rewards, values, returns, entropy, new_scale = self.losses(draw, z, sigma, weight, reward_fn)
         self.optimizer.zero_grad()
-        actor_loss.backward(inputs=list(self.actor.parameters()), retain_graph=self.actor_grad == "dynamics")
-        critic_loss.backward(inputs=list(self.critic.parameters()))
+        if self.actor_grad == "reinforce":  # neither loss depends on the other's parameters
+            (actor_loss + critic_loss).backward(inputs=[*self.actor.parameters(), *self.critic.parameters()])
+        else:
+            actor_loss.backward(inputs=list(self.actor.parameters()), retain_graph=True)
+            critic_loss.backward(inputs=list(self.critic.parameters()))
         average_gradients([*self.actor.parameters(), *self.critic.parameters()])
         actor_norm = nn.utils.clip_grad_norm_(self.actor.parameters(), 100.0)
         critic_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), 100.0)
@@ -516,7 +519,8 @@ def main(args):
     if args.compile:
         loss_of, ensemble.loss = torch.compile(world_model_loss), torch.compile(ensemble.loss)
         for actor_critic in (task, explore):
-            actor_critic.losses = torch.compile(actor_critic.losses)
+            if actor_critic.actor_grad == "reinforce":  # two backward passes through one compiled graph are not possible
+                actor_critic.losses = torch.compile(actor_critic.losses)
 
     def task_reward(z, sigma, action, z_next):
         return draw.reward(z_next)

