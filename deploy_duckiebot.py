@@ -317,6 +317,7 @@ class SimulatedRobot:
         self.keys, self.kinematics, self.duties, self.age = keys, CALIBRATION, np.zeros(2), 0.005
         self.simulated = None if args.realtime or args.drive in ("keyboard", "joystick") else 0.0
         self.rewards, self.offsets, self.turned, self.is_first = [], [], 0.0, True
+        self.put_back = args.drive == "random"
         self.obs, self.info = self.env.reset(seed=args.seed)
 
     def now(self):
@@ -341,7 +342,8 @@ class SimulatedRobot:
         self.rewards.append(reward)
         self.offsets.append(self.info["dist"])
         self.turned += (np.arctan2(*self.info["position"]) - angle + np.pi) % (2 * np.pi) - np.pi  # around the map's middle
-        self.is_first = len(self.rewards) % self.env.spec.max_episode_steps == 0
+        lost = self.put_back and np.isnan(self.offsets[-10:]).all()  # off the road for 1 s: a person would put the robot back
+        self.is_first = lost or len(self.rewards) % self.env.spec.max_episode_steps == 0
         if self.is_first:
             self.obs, self.info = self.env.reset()
         if self.simulated is not None:
@@ -453,7 +455,7 @@ class Duckiebot:
         self.frame = (now, self.stamp(message), data)
 
     def on_velocity(self, message):
-        self.kinematic = (time.monotonic(), float(message["v"]), float(message["omega"]))
+        self.kinematic = (float(message["v"]), float(message["omega"]), time.monotonic())
 
     def on_tick(self, side, message):
         self.ticks[side].append((time.monotonic(), self.stamp(message), int(message["data"])))
@@ -461,7 +463,7 @@ class Duckiebot:
     def velocity(self):
         """(v m/s, omega rad/s, local time of receipt); None if nothing came yet"""
         if self.args.velocity == "kinematics":
-            return self.kinematic and (self.kinematic[1], self.kinematic[2], self.kinematic[0])
+            return self.kinematic
         speed = {}
         for side, ticks in self.ticks.items():
             recent = [t for t in list(ticks) if t[1] > ticks[-1][1] - 0.11] if ticks else []  # the last 0.1 s by the robot's clock
@@ -504,10 +506,12 @@ class Duckiebot:
         if self.ros.is_connected and not self.dry_run:  # never queued: roslibpy would send it when the connection returns
             topic.publish({"header": {"seq": 0, "stamp": {"secs": 0, "nsecs": 0}, "frame_id": ""}, **message})
 
-    def heartbeat(self):
+    def command(self, duties):
+        """duties (left, right) in [-1, 1], and a heartbeat to the watchdog"""
+        now = time.monotonic()
+        self.first_command = self.first_command or now
         if self.dry_run:
             return
-        now = time.monotonic()
         if self.watchdog.poll() is not None:
             raise Stop("the watchdog process ended")
         if self.beat and now - self.beat > SILENT:  # by now the watchdog has stopped the robot
@@ -515,15 +519,7 @@ class Duckiebot:
         self.beat = now
         with contextlib.suppress(BrokenPipeError):
             self.watchdog.stdin.write(b"h")
-
-    def command(self, duties):
-        """duties (left, right) in [-1, 1]"""
-        self.heartbeat()
-        self.first_command = self.first_command or time.monotonic()
         self.send(self.wheels, {"vel_left": float(duties[0]), "vel_right": float(duties[1])})
-
-    def wait(self, deadline):
-        self.keys.wait(deadline)
 
     def arm(self, try_driver):
         """Looks at everything that can be wrong while the motors are off; then the watchdog stands, and a person says so. Raises UserError."""
