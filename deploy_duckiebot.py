@@ -317,7 +317,7 @@ class SimulatedRobot:
         self.keys, self.kinematics, self.duties, self.age = keys, CALIBRATION, np.zeros(2), 0.005
         self.simulated = None if args.realtime or args.drive in ("keyboard", "joystick") else 0.0
         self.rewards, self.offsets, self.turned, self.is_first = [], [], 0.0, True
-        self.put_back = args.drive == "random"
+        self.put_back = args.record and args.drive == "random"
         self.obs, self.info = self.env.reset(seed=args.seed)
 
     def now(self):
