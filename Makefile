@@ -121,16 +121,17 @@ duckietown-install: .venv/duckietown
 TOWN = runs/duckietown-$(SEED)
 TOWN_SOURCE = deploy_duckiebot:redraw/Duckietown-v0
 $(TOWN)/source/done: | .venv/duckietown
-	$(PY) draw_pretrain.py laptop --env-id $(TOWN_SOURCE) --seed $(SEED) --run-dir $(TOWN)/source --resume
+	$(PY) draw_pretrain.py duckietown $(STAGE1) --env-id $(TOWN_SOURCE) --seed $(SEED) --run-dir $(TOWN)/source --resume
 	@touch $@
 $(TOWN)/target.npz: | .venv/duckietown
 	$(PY) deploy_duckiebot.py --env-id redraw/DuckietownReversed-v0 --drive random --max-seconds 1000 --image-size 32 --record $@
 $(TOWN)/adapted/done: $(TOWN)/source/done $(TOWN)/target.npz
-	$(PY) redraw_adapt.py laptop --checkpoint $(TOWN)/source/draw.pt --dataset $(TOWN)/target.npz --seed $(SEED) --run-dir $(TOWN)/adapted --resume
+	$(PY) redraw_adapt.py duckietown $(STAGE2) --checkpoint $(TOWN)/source/draw.pt --dataset $(TOWN)/target.npz --seed $(SEED) --run-dir $(TOWN)/adapted --resume
 	@touch $@
 $(TOWN)/policy/done: $(TOWN)/adapted/done
-	$(PY) train_policy.py laptop --checkpoint $(TOWN)/adapted/best.pt --dataset $(TOWN)/target.npz --seed $(SEED) --run-dir $(TOWN)/policy --resume
+	$(PY) train_policy.py duckietown $(STAGE3) --checkpoint $(TOWN)/adapted/best.pt --dataset $(TOWN)/target.npz --seed $(SEED) --run-dir $(TOWN)/policy --resume
 	@touch $@
+duckietown: export OMP_NUM_THREADS ?= 1
 duckietown: $(TOWN)/policy/done
 	$(PY) deploy_duckiebot.py --env-id redraw/DuckietownReversed-v0 --checkpoint $(TOWN)/policy/policy.pt --max-seconds 200
 

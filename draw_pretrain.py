@@ -58,6 +58,8 @@ class Args:
     parallel_envs: bool = False  # step each environment in a process of its own, while the models learn
     episode_steps: Optional[int] = None  # time limit while training (default: the environment's); short episodes see more start states
     image_size: int = 64  # pixels, for this project's environments
+    # strength, 0 to 1, of random changes of what the encoder sees, for a target that looks a little different (a real camera); see `augment`
+    augment: float = 0.0
     # which policy collects: Plan2Explore, the task's, random actions, or a third of the episodes each
     collect: Literal["explore", "task", "random", "mixed"] = "explore"
     prefill: int = 1024  # random steps before the first update
@@ -115,6 +117,16 @@ PRESETS = {
             rewarded=0.25, train_every=3.0, lr=3e-3, warmup=100, decay=True, image_scale=300.0, vector_scale=400.0, reward_scale=50.0,
             soft_updates=500, policy_start=2500, policy_every=2, explore_every=8, horizon=15, gamma=0.99, starts=128, actor_lr=5e-4,
             return_floor=0.01, ensemble=5, ensemble_target=64,
+        ),
+    ),
+    "duckietown": (
+        "some ten minutes on one CPU core: lane following, 32x32 images with random changes, dense reward",
+        Args(
+            env_id="deploy_duckiebot:redraw/Duckietown-v0", save_every=4_000, steps=28_000, episode_steps=50, image_size=32, augment=0.5,
+            collect="mixed", prefill=12_000, hold=5.0, replay_size=200_000, S=64, K=4, cnn_depth=8, vector_units=128, vector_layers=2, units=256,
+            actor_units=128, batch=32, length=8, train_every=4.0, lr=3e-3, warmup=100, decay=True, image_scale=100.0, vector_scale=400.0,
+            reward_scale=50.0, soft_updates=500, policy_start=1200, policy_every=2, explore_every=8, horizon=15, gamma=0.95, starts=128,
+            actor_lr=5e-4, return_floor=0.1, ensemble=5, ensemble_target=64,
         ),
     ),
     "paper": ("the paper's sizes: one CUDA GPU, about a day", Args()),
@@ -208,6 +220,50 @@ def reconstruction_errors(draw, z, image, vector):
     return image_error, ((draw.vector_head(z.flatten(-2)) - symlog(vector)) ** 2).sum(-1)
 
 
+def augment(image, strength):
+    """Random changes of looks, other ones for each image: what differs between a simulator's camera and a real one's. The world model sees the
+    changed image and reconstructs the clean one, so that its latent leaves them out. A list like the authors', as plain tensor operations.
+
+    Args:
+        image: uint8 (..., L, L, 3).   strength: 0 changes nothing, 1 is the most.
+    Returns:
+        uint8 (..., L, L, 3)
+    """
+    x = image.flatten(0, -4).permute(0, 3, 1, 2).contiguous() / 255.0  # (B, 3, L, L)
+    (B, _, L, _), device = x.shape, x.device
+
+    def vary(low, high, *shape, share=1.0):
+        """Uniform over [low, high], times the strength; for a `share` of the images, 0 for the others; (B, *shape)"""
+        on = torch.rand(B, *[1] * len(shape), device=device) < share
+        return strength * torch.empty(B, *shape, device=device).uniform_(low, high) * on
+
+    # Where the camera looks: turned by up to 3 degrees, 5 % nearer or farther, shifted by 3 % of the picture, and a pincushion or barrel.
+    turn, zoom, shift, bend = vary(-0.05, 0.05, 1, 1), vary(-0.05, 0.05, 1, 1), vary(-0.06, 0.06, 2, 1, 1), vary(-0.1, 0.1, 1, 1, share=0.5)
+    axis = (2 * torch.arange(L, device=device) + 1) / L - 1
+    v, u = axis[:, None], axis[None]  # (L, 1) down, (1, L) to the right
+    grow = 1 + zoom + bend * (u**2 + v**2)
+    grid = torch.stack([grow * u - turn * v + shift[:, 0], grow * v + turn * u + shift[:, 1]], -1)  # (B, L, L, 2)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    # Smeared to a side, or with the opposite sign sharpened.
+    x = x + vary(-0.3, 0.5, 1, 1, 1, share=0.7) * (x.roll(1, -1) - x)
+    # Colours: one matrix turns the hue by up to 54 degrees, changes saturation and channels; then contrast, brightness, fog and tone.
+    grey = torch.full((3, 3), 1 / 3, device=device)
+    around = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]], device=device) / 3**0.5
+    hue, saturation = vary(-0.9, 0.9, 1, 1, share=0.8), 1 + vary(-0.5, 0.5, 1, 1)
+    colours = grey + saturation * (hue.cos() * (torch.eye(3, device=device) - grey) + hue.sin() * around)  # (B, 3, 3)
+    colours = colours * (1 + vary(-0.2, 0.2, 3, 1)) * (1 + vary(-0.3, 0.3, 1, 1)) * (1 - (fog := vary(0.0, 0.5, 1, 1, share=0.3)))
+    x = torch.baddbmm(vary(-0.2, 0.2, 1, 1) + fog, colours, x.flatten(2)).view_as(x).clamp(0.0, 1.0)
+    x = x + vary(-0.5, 0.5, 1, 1, 1, share=0.2) * x * (1 - x)
+    # Noise, pixels that fail, and a rectangle that hides what is behind it.
+    noise = torch.rand_like(x)
+    x = x + vary(0.0, 0.3, 1, 1, 1) * (noise - 0.5)
+    x = x * (noise[:, :1] >= 0.005 * strength)
+    centre, half = torch.rand(B, 2, 1, 1, device=device) * 2 - 1, vary(0.0, 0.4, 2, 1, 1, share=0.5)
+    hidden = ((u - centre[:, 0]).abs() < half[:, 0]) & ((v - centre[:, 1]).abs() < half[:, 1])  # (B, L, L)
+    x = torch.where(hidden[:, None], torch.rand(B, 3, 1, 1, device=device), x)
+    return (x.clamp(0.0, 1.0) * 255.0).round().byte().permute(0, 2, 3, 1).reshape(image.shape)
+
+
 def world_model_loss(draw, data, args, soft):
     """The loss of DRAW on replayed sequences.
 
@@ -218,7 +274,8 @@ def world_model_loss(draw, data, args, soft):
     """
     first = data["is_first"].clone()  # (B, T)
     first[:, 0] = True
-    embed = draw.encoder(data["image"], data["vector"])  # (B, T, E), all images in one call
+    seen = augment(data["image"], args.augment) if args.augment else data["image"]
+    embed = draw.encoder(seen, data["vector"])  # (B, T, E), all images in one call
     q = draw.posterior(embed)  # log q(z_t | x_t), (B, T, S, K), unimix included
     z = sample_onehot(q.exp())  # (B, T, S, K), straight-through
     z = z + soft * (q.exp() - z)
@@ -471,7 +528,7 @@ def main(args):
     check_range(args, 1, 65536, "n_envs", "batch", "horizon", "S", "cnn_depth", "units", "actor_units", "vector_units", "vector_layers")
     check_range(args, 2, 65536, "length", "ensemble", "K")  # of a variable with one class nothing can be learnt
     check_range(args, 0, 10**9, "soft_updates", "ensemble_target", "policy_start", "warmup", "entropy", "image_scale", "vector_scale", "reward_scale")
-    check_range(args, 0, 1, "rewarded", "gamma", "lam")
+    check_range(args, 0, 1, "rewarded", "gamma", "lam", "augment")
     check_range(args, 1, args.batch * args.length, "starts")  # no more than the states of a batch
     least = args.n_envs * args.length
     if min(args.prefill, args.replay_size) < least or args.prefill >= args.steps:

@@ -83,6 +83,11 @@ PRESETS = {
         Args(checkpoint=tyro.MISSING, collect_policy="random", hold=16.0, gain=2.0, episode_steps=60, hidden=512, lr=2e-3, updates=6000, batch=64, length=8,
              log_every=500, save_every=1000),
     ),  # fmt: skip
+    "duckietown": (
+        "two minutes on one CPU core: 10,000 steps of a Duckiebot, or of the simulator's",
+        Args(checkpoint=tyro.MISSING, collect_steps=10_000, collect_policy="random", hold=5.0, episode_steps=50, hidden=256, lr=2e-3, updates=3000,
+             batch=64, length=8, log_every=500, save_every=1000),
+    ),  # fmt: skip
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING)),
 }
 

@@ -14,7 +14,7 @@ from fake_rosbridge import FakeRobot
 from helpers import TINY, user_error
 
 import deploy_duckiebot as deploy
-from common import Policy, Sizes, load_dataset, load_policy, save_checkpoint
+from common import Policy, Sizes, UserError, load_dataset, load_policy, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.timing
@@ -370,6 +370,34 @@ def test_recording(robot, drive, tmp_path):
         assert np.diff(npz["stamp_image"]).mean() == pytest.approx(0.1, abs=0.01)
 
 
+@pytest.mark.parametrize("fault", ["a bug", "a broken connection", "a full disk"])
+def test_no_fault_loses_what_was_recorded(robot, drive, tmp_path, monkeypatch, capsys, fault):
+    """The robot stands first, then the rows are written; if not where they should be, then elsewhere"""
+    given, elsewhere, stood, write = tmp_path / "out.npz", tmp_path / "elsewhere", [], deploy.save_dataset
+
+    def save(path, data):
+        stood.append(robot.motors == (0, 0) and robot.commands[-1][1:3] == (0, 0))
+        if fault == "a full disk" and path == given:
+            raise UserError(f"can't write {path}: No space left on device")
+        write(path, data)
+
+    def bug():
+        raise RuntimeError("surprise")
+
+    monkeypatch.setattr(deploy, "save_dataset", save)
+    monkeypatch.setattr(deploy.tempfile, "tempdir", str(elsewhere))
+    robot.when(10, (lambda: robot.disconnect([0])) if fault == "a broken connection" else lambda: None)
+    error = drive(Script(n=14, surprise=bug) if fault == "a bug" else Script(), record=str(given), max_seconds=2.0)
+    assert {"a bug": isinstance(error, RuntimeError), "a broken connection": "connection" in str(error), "a full disk": error is None}[fault]
+    assert stood and all(stood)
+    files = list(elsewhere.glob("*.npz")) if fault == "a full disk" else [given]
+    data = load_dataset(files[0], 16, 2, 2)
+    # The row of the last step that was not finished is missing, no other one.
+    assert len(files) == 1 and len(data["action"]) == (10 if fault == "a bug" else len(robot.moving())) and np.allclose(data["action"], (0.8, 0.1))
+    out = capsys.readouterr().out
+    assert f"wrote {files[0]}" in out and ("No space left" in out) == (fault == "a full disk")
+
+
 def test_sequences_are_split_where_the_timing_broke():
     times = np.array([0.0, 0.1, 0.2, 0.35, 0.45, 0.52, 0.62, 0.72, 0.82])
     lag = np.full(9, 0.01)
@@ -451,7 +479,7 @@ def test_nothing_is_overwritten(tmp_path, flag):
 
 
 def test_export_that_differs_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(deploy.Board, "forward", lambda self, image, vector: self.policy.actor.net[-1].bias[:2].expand(len(image), 2))
+    monkeypatch.setattr(deploy, "sample_onehot", torch.zeros_like)
     with user_error("differs"):
         deploy.export(Policy(SIZES).requires_grad_(False), tmp_path / "board.pt")
     assert not (tmp_path / "board.pt").exists()
