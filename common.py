@@ -733,6 +733,7 @@ class Logger:
     `state`, of load_state. UserError: the run folder holds files already, or the disk is full."""
 
     def __init__(self, run_dir, args, state=None):
+        import matplotlib.backends.backend_agg  # noqa: F401  now, so that a run has its memory from the start
         from torch.utils.tensorboard import SummaryWriter
 
         if args.track:

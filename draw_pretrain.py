@@ -495,7 +495,7 @@ def pictures(draw, replay, logger, step, device, T=40):
 
 @torch.random.fork_rng()  # so that the run does not depend on it
 @torch.no_grad()
-def disagreement_map(draw, ensemble, replay, logger, step, device, most=1024):
+def disagreement_map(draw, ensemble, replay, logger, step, device, most=512):
     """disagreement.gif, which does not move: where in the latent space the ensemble disagrees, and the frames that it knows least and best."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

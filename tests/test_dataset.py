@@ -5,7 +5,6 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-import torch
 from helpers import TINY, Booby, random_rows, user_error
 
 import draw_pretrain

@@ -1,6 +1,7 @@
 """Does stage 1 grow after its replay is full? python tests/benchmarks/memory_over_time.py [minutes]
 
-Trains small networks (with all that a run does: saves, and pictures every 40,000 steps) on the pendulum with a replay of 4,000 rows, full within a minute, and reads the process's resident memory every
+Trains small networks (with all that a run does: saves, and pictures every 40,000 steps) on the pendulum with a replay of 4,000 rows, full within
+a minute, and reads the resident memory of the process every
 10 seconds. Prints the mean of each tenth of the time after the replay was full, and the last tenth's growth over the first: the bar is 5 %.
 """
 
