@@ -1,5 +1,6 @@
 # make demo   the whole pipeline on one source/target pair (PAIR=pendulum, reacher, cup or finger)
 # make test   the tests, without those of the Duckiebot: make test-duckiebot
+# make bench  how fast each stage is on this machine; BENCH=--real times a whole laptop run too
 # make duckietown           the whole chain on the Duckiebot simulator, small
 # make duckietown-install   only that simulator
 # All create .venv and install what they need into it.
@@ -34,7 +35,7 @@ ifeq ($(SOURCE),)
 $(error PAIR must be pendulum, reacher, cup or finger, not '$(PAIR)')
 endif
 
-.PHONY: demo test test-duckiebot egl clean duckietown duckietown-install
+.PHONY: demo test bench test-duckiebot egl clean duckietown duckietown-install
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -57,6 +58,10 @@ egl:
 
 test: .venv/installed
 	$(PY) -m pytest tests -q --ignore tests/test_deploy.py --ignore tests/test_duckietown.py
+
+# On a machine with nothing else to do.
+bench: .venv/installed
+	$(PY) tests/benchmarks/bench_run.py $(BENCH)
 
 # What the clock decides, and what needs the simulator: on a machine with nothing else to do.
 test-duckiebot: .venv/duckietown

@@ -47,13 +47,14 @@ def peer(checkout, size):
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     with hydra.initialize_config_dir(str(Path(checkout).resolve() / "configs"), version_base=None):
-        config = hydra.compose("configs", [f"model={size}", "device=cpu", "model.rep_loss=dreamer", "model.compile=False", f"model.imag_horizon={HORIZON}"])
+        model = f"model={size}", "device=cpu", "model.rep_loss=dreamer", "model.compile=False", f"model.imag_horizon={HORIZON}"
+        config = hydra.compose("configs", list(model))
     spaces = gym.spaces.Dict(image=gym.spaces.Box(0, 255, (64, 64, 3)))
     sys.stdout, out = sys.stderr, sys.stdout  # what the peer prints is no answer
     agent, kind = None, None
-    batch = {"image": torch.randint(0, 256, (B, T, 64, 64, 3), dtype=torch.uint8), "action": torch.rand(B, T, 1) * 2 - 1, "reward": torch.rand(B, T, 1),
-             **{k: torch.zeros(B, T, 1, dtype=torch.bool) for k in ("is_first", "is_last", "is_terminal")}}  # fmt: skip
-    batch["is_first"] = batch["is_first"].squeeze(-1)
+    image, flag = torch.randint(0, 256, (B, T, 64, 64, 3), dtype=torch.uint8), torch.zeros(B, T, 1, dtype=torch.bool)
+    batch = {"image": image, "action": torch.rand(B, T, 1) * 2 - 1, "reward": torch.rand(B, T, 1), "is_first": flag.squeeze(-1), "is_last": flag,
+             "is_terminal": flag}  # fmt: skip
 
     class Replay:
         def sample(self):
@@ -85,8 +86,9 @@ def ours(args):
 
     import draw_pretrain
 
-    sizes = {"cnn_depth": args.cnn_depth, "units": args.units, "actor_units": args.units, "vector_units": args.vector_units}
-    stage = Stage1(dataclasses.replace(draw_pretrain.PRESETS["paper"][1], horizon=HORIZON, batch=B, length=T, starts=B * T, ensemble_target=64, **sizes))
+    paper = draw_pretrain.PRESETS["paper"][1]
+    stage = Stage1(dataclasses.replace(paper, cnn_depth=args.cnn_depth, units=args.units, actor_units=args.units, vector_units=args.vector_units,
+                                       horizon=HORIZON, batch=B, length=T, starts=B * T, ensemble_target=64))  # fmt: skip
 
     def update(setting):
         with torch.autocast("cpu", torch.bfloat16, enabled=setting == "bf16"):
@@ -120,8 +122,8 @@ def main(args):
     their_size = their_update(best["theirs"])["parameters"]
     seconds = in_turns({"theirs": lambda: their_update(best["theirs"]), "ours": lambda: our_update(best["ours"])}, args.repeats, 1)
     theirs.stdin.close()
-    rows = [[f"r2dreamer, dreamer, {args.size}, {best['theirs']}", f"{their_size / 1e6:.1f} M", ms(seconds["theirs"]), f"{1 / statistics.median(seconds['theirs']):.3f}"],
-            [f"ours, {best['ours']}", f"{our_size / 1e6:.1f} M", ms(seconds["ours"]), f"{1 / statistics.median(seconds['ours']):.3f}"]]  # fmt: skip
+    names = {"theirs": (f"r2dreamer, dreamer, {args.size}, {best['theirs']}", their_size), "ours": (f"ours, {best['ours']}", our_size)}
+    rows = [[name, f"{n / 1e6:.1f} M", ms(seconds[side]), f"{1 / statistics.median(seconds[side]):.3f}"] for side, (name, n) in names.items()]
     table(f"World model and actor-critic, {B} x {T} frames of 64x64, {B * T} starts, {HORIZON} imagined steps",
           ["", "trained parameters", "ms an update, median (min - max)", "updates/s"], rows)  # fmt: skip
     print(f"\n{ratio(seconds['theirs'], seconds['ours'])} times the updates per second (bar: 3)")
