@@ -46,9 +46,7 @@ def peer(checkout, size):
 
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
-    with hydra.initialize_config_dir(str(Path(checkout).resolve() / "configs"), version_base=None):
-        model = f"model={size}", "device=cpu", "model.rep_loss=dreamer", "model.compile=False", f"model.imag_horizon={HORIZON}"
-        config = hydra.compose("configs", list(model))
+    flags = [f"model={size}", "device=cpu", "model.rep_loss=dreamer", "model.compile=False", f"model.imag_horizon={HORIZON}"]
     spaces = gym.spaces.Dict(image=gym.spaces.Box(0, 255, (64, 64, 3)))
     sys.stdout, out = sys.stderr, sys.stdout  # what the peer prints is no answer
     agent, kind = None, None
@@ -66,6 +64,8 @@ def peer(checkout, size):
     for line in sys.stdin:
         setting = line.strip()
         if agent is None or setting != kind:
+            with hydra.initialize_config_dir(str(Path(checkout).resolve() / "configs"), version_base=None):  # anew, since the agent changes it
+                config = hydra.compose("configs", flags)
             agent, kind = dreamer.Dreamer(config.model, spaces, gym.spaces.Box(-1, 1, (1,))).to("cpu"), setting
             if "channels last" in setting:
                 agent.to(memory_format=torch.channels_last)

@@ -83,7 +83,8 @@ def main(rates, preset="laptop", repeats=REPEATS):
              "exploration actor-critic": stage.explore_actor_critic, "world model + actor-critic": stage.both,
              "exploration: ensemble + actor-critic": stage.exploration}  # fmt: skip
     seconds = in_turns({**parts, "replay sampling": stage.sample}, repeats)
-    figures = update_table(f"Stage 1, preset {preset}: one update of each part", {k: matmuls_of(f) for k, f in parts.items()}, seconds, rates, repeats)
+    matmuls = {name: matmuls_of(part) for name, part in parts.items()}
+    figures = update_table(f"Stage 1, preset {preset}: one update of each part", matmuls, seconds, rates, repeats)
     median = {name: statistics.median(s) for name, s in seconds.items()}
     share = median["replay sampling"] / median["world model"]
     table("Drawing a batch from the replay", ["", "ms, median (min - max)", "of a world-model update"],
