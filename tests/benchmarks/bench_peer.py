@@ -11,6 +11,7 @@ best: every setting of `THEIRS` and `OURS` is tried, and the fastest one of each
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,7 @@ class Args:
 
 
 def peer(checkout, size):
-    """The peer's side, in a process of its own with the peer's Python: reads settings and 'go' from stdin, answers with seconds."""
+    """The peer's side, in a process of its own with the peer's Python: reads a setting from stdin for each update, answers with its seconds."""
     sys.path.insert(0, checkout)
     import time
 
@@ -102,7 +103,10 @@ def main(args):
     from measure import in_turns, machine, ms, ratio, table
 
     machine()
-    theirs = subprocess.Popen([args.python, __file__, "--peer", args.checkout, args.size], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # the allocator's thresholds that common.pick_device sets for us
+    env = os.environ | {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
+    command = [args.python, __file__, "--peer", args.checkout, args.size]
+    theirs = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def their_update(setting):
         theirs.stdin.write(setting + "\n")
