@@ -2,7 +2,7 @@
 
     git clone https://github.com/NM512/r2dreamer /elsewhere/r2dreamer
     python3 -m venv /elsewhere/venv && /elsewhere/venv/bin/pip install torch==2.8.0 tensordict==0.9.1 torchrl==0.9.2 hydra-core==1.3.2 \
-        numpy==1.26.0 gymnasium==1.2.0 tensorboard "setuptools<81"
+        numpy==1.26.0 gymnasium==1.2.0 tensorboard setuptools==77.0.3
     python tests/benchmarks/bench_peer.py --checkout /elsewhere/r2dreamer --python /elsewhere/venv/bin/python
 
 An update here is the world model's and the task actor-critic's; there it is Dreamer's, which trains the same three parts. Both get 16
