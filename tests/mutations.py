@@ -27,6 +27,7 @@ POLICY_3 = "test_oracles.py -k of_stage_3"
 ROWS = "test_alignment.py"
 GRADIENTS = "test_gradients.py"
 ENVIRONMENTS = "test_environments.py -k last_of_two_frames"
+SPEED = "test_speed.py -k two_processes or noticed or bfloat16"
 
 # name, file, what stands there (once), the mistake, the tests
 MUTATIONS = [
@@ -117,6 +118,12 @@ MUTATIONS = [
     ("critic of the wrong states", STAGE_3, "twohot_log_prob(logits[:-1], returns.detach())", "twohot_log_prob(logits[1:], returns.detach())", POLICY_3),
     ("slow critic swapped", STAGE_3, "for slow, fast in zip(slow_critic.parameters(), critic.parameters()):",
      "for fast, slow in zip(slow_critic.parameters(), critic.parameters()):", GRADIENTS),
+    # fast paths
+    ("gradients of one's own batch alone", STAGE_1, "        dist.all_reduce(joint)\n", "", SPEED),
+    ("gradients summed over the processes", STAGE_1, "(joint / dist.get_world_size())", "joint", SPEED),
+    ("scale of one's own returns alone", STAGE_1, "of_all_processes(returns.detach())", "returns.detach()", SPEED),
+    ("a diverged step is taken on CUDA", COMMON, "self.diverged.copy_(torch.maximum(self.diverged, (~finite).float()))", "pass", SPEED),
+    ("losses in bfloat16", COMMON, "return super().forward(x).float()", "return super().forward(x)", SPEED),
 ]  # fmt: skip
 
 

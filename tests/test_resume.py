@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 from helpers import TINY, random_states, save_tiny_draw
 from test_pipeline import ADAPT, POLICY, PRETRAIN, call
+from tqdm import tqdm
 
 import draw_pretrain
 import redraw_adapt
@@ -46,6 +48,7 @@ def start(module, flags, run_dir, limit=None, log=os.devnull):
 
     def child():
         os.setsid()
+        tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forked processes, and one that is killed would keep it
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1), os.dup2(file, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # not pytest's
