@@ -672,7 +672,10 @@ def load_state(run_dir, args, device):
     """What save_state wrote; None without --resume, or if the run was killed before its first save. UserError: it had other flags or inputs."""
     if not args.resume or not (Path(run_dir) / "args.json").exists():
         return None
-    before, now = json.loads((Path(run_dir) / "args.json").read_text()), settings(args)
+    if args.overwrite:
+        raise UserError("give --resume or --overwrite, not both")
+    with explained(f"{run_dir}/args.json is damaged; start anew with --overwrite"):
+        before, now = dict(json.loads((Path(run_dir) / "args.json").read_text())), settings(args)
     for name in now:
         if name not in ("resume", "overwrite", "track", "device", "run_dir") and before.get(name, now[name]) != now[name]:
             raise UserError(f"--resume needs the flags and inputs of the start: {name} was {before[name]}, now it is {now[name]}")

@@ -249,6 +249,8 @@ def test_resume_wants_the_flags_of_the_start(flags, undisturbed, tmp_path):
     before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
     with pytest.raises(SystemExit, match="hidden was 16, now it is 32"):
         call(module, *stage_flags, "--hidden", 32, "--resume", "--run-dir", run_dir)
+    with pytest.raises(SystemExit, match="not both"):
+        call(module, *stage_flags, "--overwrite", "--resume", "--run-dir", run_dir)
     assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
 
 
