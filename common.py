@@ -21,7 +21,7 @@ import sys
 import warnings
 import zlib
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
+
+with suppress(ImportError):  # of PyTorch's CUDA build; loaded after the LLVM of Mesa's renderer it would crash the process
+    import triton  # noqa: F401
 
 
 class UserError(SystemExit):
