@@ -22,11 +22,11 @@ SOURCE_reacher = redraw/ReacherEasy-v0
 TARGET_reacher = redraw/ReacherEasyReversed-v0
 # Pictures with more in them than a pendulum want a larger model and more updates (10,000).
 BIGGER = --cnn-depth 16 --units 256 --vector-scale 200 --train-every 2.4
-STAGE1_cup = $(BIGGER)
-STAGE1_finger = $(BIGGER)
-STAGE1_reacher = $(BIGGER)
+SIZES_cup = $(BIGGER)
+SIZES_finger = $(BIGGER)
+SIZES_reacher = $(BIGGER)
 # More flags for all runs of a stage, e.g. make demo STAGE3="--updates 6000"
-STAGE1 = $(STAGE1_$(PAIR))
+STAGE1 =
 STAGE2 =
 STAGE3 =
 SOURCE = $(SOURCE_$(PAIR))
@@ -76,7 +76,7 @@ demo: .venv/installed
 
 # stage 1: the world model, in the source
 $(RUNS)/source/done: | .venv/installed
-	$(PY) draw_pretrain.py laptop $(STAGE1) --env-id $(SOURCE) --seed $(SEED) --run-dir $(RUNS)/source --resume
+	$(PY) draw_pretrain.py laptop $(SIZES_$(PAIR)) $(STAGE1) --env-id $(SOURCE) --seed $(SEED) --run-dir $(RUNS)/source --resume
 	@touch $@
 # stage 3: a policy for the source, evaluated there and, zero-shot, in the target
 $(RUNS)/source-policy/done: $(RUNS)/source/done
@@ -97,7 +97,7 @@ $(RUNS)/adapted-policy/done: $(RUNS)/adapted/done
 LOG = $(RUNS)/target.log
 $(RUNS)/target/done: | .venv/installed
 	@mkdir -p $(RUNS)
-	$(PY) draw_pretrain.py laptop $(STAGE1) --env-id $(TARGET) --seed $(SEED) --run-dir $(RUNS)/target --resume \
+	$(PY) draw_pretrain.py laptop $(SIZES_$(PAIR)) $(STAGE1) --env-id $(TARGET) --seed $(SEED) --run-dir $(RUNS)/target --resume \
 		> $(LOG) 2>&1 || { tail -n 1 $(LOG) >&2; exit 1; }
 	@touch $@
 $(RUNS)/target-policy/done: $(RUNS)/target/done
