@@ -14,6 +14,7 @@ The algorithms are not here but in the stages.
 import ctypes
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -144,6 +145,8 @@ for name, *task, suffix, changes in (
 
 def make_env(env_id, **kwargs):
     """gymnasium.make; it is here so that a process that calls it has imported this file, which registers the environments above."""
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which saves first
     return gym.make(env_id, **kwargs)
 
 

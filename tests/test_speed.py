@@ -2,8 +2,10 @@
 
 import copy
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +139,20 @@ def test_parallel_environments_do_the_same(env_id):
         envs.close()
         seen.append([x for row in rows for x in (row.values() if isinstance(row, dict) else [row])])
     assert all(np.array_equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_ctrl_c_saves_with_parallel_environments(tmp_path):
+    """The terminal sends it to all processes; those of the environments must live until the run has saved."""
+    flags = "laptop --env-id toy_env:Toy-v0 --parallel-envs --n-envs 2 --steps 100000 --prefill 90000 --log-every 1 --device cpu --run-dir run".split()
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen([sys.executable, ROOT / "draw_pretrain.py", *flags], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "run" / "replay").exists():  # the first save, after 4,000 steps
+        assert run.poll() is None
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)
+    stderr = run.communicate(timeout=100)[1]
+    assert run.returncode == 130 and "saved after" in stderr and "Traceback" not in stderr and "ERROR" not in stderr, stderr[-2000:]
+    assert (tmp_path / "run" / "state.pt").exists()
 
 
 def test_bfloat16_is_near_float32(monkeypatch):
