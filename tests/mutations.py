@@ -26,6 +26,7 @@ POLICY_1 = "test_oracles.py -k of_stage_1"
 POLICY_3 = "test_oracles.py -k of_stage_3"
 ROWS = "test_alignment.py"
 GRADIENTS = "test_gradients.py"
+LOOKS = "test_augment.py -k clean_one or identity"
 ENVIRONMENTS = "test_environments.py -k last_of_two_frames"
 SPEED = "test_speed.py -k two_processes or noticed or bfloat16"
 
@@ -58,6 +59,10 @@ MUTATIONS = [
     ("the action goes on over a border", COMMON, "a_prev = torch.where(is_first[:, t, None], 0.0, action[:, t - 1])", "a_prev = action[:, t - 1]", BELIEF),
     ("actions beyond the bounds", COMMON, "        action = action / action.abs().clamp(min=1.0)", "        pass", BELIEF),
     # stage 1: the world model and the ensemble
+    ("the encoder sees the clean frame", STAGE_1, "embed = draw.encoder(seen, data", "embed = draw.encoder(data[\"image\"], data", LOOKS),
+    ("the decoder is shown the changed frame", STAGE_1, "draw, z, data[\"image\"], data[\"vector\"])  # (B, T) each",
+     "draw, z, seen, data[\"vector\"])  # (B, T) each", LOOKS),
+    ("no strength still changes the looks", STAGE_1, "return strength * torch.empty", "return torch.empty", LOOKS),
     ("KL balance swapped", STAGE_1, "1.5 * kl_dyn.clamp(min=1.0) + 0.5 * kl_rep.clamp(min=1.0)",
      "0.5 * kl_dyn.clamp(min=1.0) + 1.5 * kl_rep.clamp(min=1.0)", MODEL),
     ("dynamics KL without its detach", STAGE_1, "kl_categorical(q.detach(), p)", "kl_categorical(q, p)", MODEL),
