@@ -129,7 +129,7 @@ $(TOWN)/source/done: | .venv/duckietown
 	$(PY) draw_pretrain.py duckietown $(STAGE1) --env-id $(TOWN_SOURCE) --seed $(SEED) --run-dir $(TOWN)/source --resume
 	@touch $@
 $(TOWN)/target.npz: | .venv/duckietown
-	$(PY) deploy_duckiebot.py --env-id redraw/DuckietownReversed-v0 --drive random --max-seconds 1000 --image-size 32 --record $@
+	$(PY) deploy_duckiebot.py --seed $(SEED) --env-id redraw/DuckietownReversed-v0 --drive random --max-seconds 1000 --image-size 32 --record $@
 $(TOWN)/adapted/done: $(TOWN)/source/done $(TOWN)/target.npz
 	$(PY) redraw_adapt.py duckietown $(STAGE2) --checkpoint $(TOWN)/source/draw.pt --dataset $(TOWN)/target.npz --seed $(SEED) --run-dir $(TOWN)/adapted --resume
 	@touch $@
@@ -138,7 +138,7 @@ $(TOWN)/policy/done: $(TOWN)/adapted/done
 	@touch $@
 duckietown: export OMP_NUM_THREADS ?= 1
 duckietown: $(TOWN)/policy/done
-	$(PY) deploy_duckiebot.py --env-id redraw/DuckietownReversed-v0 --checkpoint $(TOWN)/policy/policy.pt --max-seconds 200
+	$(PY) deploy_duckiebot.py --seed $(SEED) --env-id redraw/DuckietownReversed-v0 --checkpoint $(TOWN)/policy/policy.pt --max-seconds 200
 
 clean:
 	rm -rf .venv runs

@@ -626,9 +626,19 @@ def pick_device(name):
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30), libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process a GPU of its own
     with explained(f"--device {name} can't be used here, try auto or cpu"):
         torch.zeros((), device=name).item()  # the device "meta" holds no numbers
+        if torch.device(name).type == "cuda":
+            torch.cuda.set_device(name)
     return torch.device(name)
+
+
+def to_device(value, device):
+    """A CPU tensor on `device`; on CUDA through pinned memory, so that the host goes on while it is copied."""
+    pinned = torch.device(device).type == "cuda" and value.device.type == "cpu"
+    return (value.pin_memory() if pinned else value).to(device, non_blocking=True)
 
 
 def check_range(args, low, high, *names):
@@ -676,10 +686,10 @@ def settings(args):
 
 def load_state(run_dir, args, device):
     """What save_state wrote; None without --resume, or if the run was killed before its first save. UserError: it had other flags or inputs."""
+    if args.resume and args.overwrite:
+        raise UserError("give --resume or --overwrite, not both")
     if not args.resume or not (Path(run_dir) / "args.json").exists():
         return None
-    if args.overwrite:
-        raise UserError("give --resume or --overwrite, not both")
     with explained(f"{run_dir}/args.json is damaged; start anew with --overwrite"):
         before, now = dict(json.loads((Path(run_dir) / "args.json").read_text())), settings(args)
     for name in now:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from common import (ARRAYS, DRAW, Actor, Critic, DivergenceCheck, Interrupt, Logger, Policy, Sizes, UserError, check_range, explained, held_noise,
                     kl_categorical, load_state, make_envs, mix, mlp, pick_device, read_npz, restore, sample_onehot, save_checkpoint, save_dataset, save_state,
-                    seed_everything, softmax, symlog, twohot_log_prob, twohot_mean, unimix)  # fmt: skip
+                    seed_everything, softmax, symlog, to_device, twohot_log_prob, twohot_mean, unimix)  # fmt: skip
 
 
 @dataclass
@@ -68,13 +68,13 @@ class Args:
     replay_size: int = 1_000_000  # rows kept
 
     # world model
-    S: int = 256
-    K: int = 4
-    cnn_depth: int = 32
-    vector_units: int = 1024
+    S: int = 256  # categorical variables in the latent
+    K: int = 4  # classes of each
+    cnn_depth: int = 32  # channels of the first convolution; each further one doubles them
+    vector_units: int = 1024  # of the networks that read and predict the vector
     vector_layers: int = 5
-    units: int = 512
-    actor_units: int = 512
+    units: int = 512  # of posterior, dynamics, heads and ensemble
+    actor_units: int = 512  # of actors and critics
     batch: int = 16  # B, sequences per update
     length: int = 64  # T, steps per sequence
     rewarded: float = 0.0  # share of the sequences that hold a reward; if it is rare, few updates would see any
@@ -175,16 +175,9 @@ class Replay:
         rows = env[:, None] * self.length + (oldest + start[:, None] + np.arange(T)) % self.length  # (B, T)
         rows, out = torch.from_numpy(rows.flatten()), {}
         for key, v in self.data.items():
-            value = v.flatten(0, 1).index_select(0, self.to(rows, v.device))  # a memory copy a row, on either device
-            out[key] = self.to(value, device).unflatten(0, (B, T))
+            value = v.flatten(0, 1).index_select(0, to_device(rows, v.device))  # a memory copy a row, on either device
+            out[key] = to_device(value, device).unflatten(0, (B, T))
         return out
-
-    @staticmethod
-    def to(value, device):
-        """To the device, if it is CUDA from pinned memory: then the host need not wait, and gathers the next batch while this one is used."""
-        if torch.device(device).type == "cuda" and value.device.type == "cpu":
-            value = value.pin_memory()
-        return value.to(device, non_blocking=True)
 
     def save(self, folder):
         """Writes the rows as a dataset folder, each file a stretch of at most ROWS_PER_FILE rows of one environment, named by its first row. A full
@@ -246,9 +239,9 @@ def augment(image, strength):
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     # Smeared to a side, or with the opposite sign sharpened.
     x = x + vary(-0.3, 0.5, 1, 1, 1, share=0.7) * (x.roll(1, -1) - x)
-    # Colours: one matrix turns the hue by up to 54 degrees, changes saturation and channels; then contrast, brightness, fog and tone.
+    # Colours: one matrix turns the hue by up to 52 degrees, changes saturation and channels; then contrast, brightness, fog and tone.
     grey = torch.full((3, 3), 1 / 3, device=device)
-    around = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]], device=device) / 3**0.5
+    around = (torch.eye(3, device=device).roll(1, 0) - torch.eye(3, device=device).roll(1, 1)) / 3**0.5  # the turn around the axis of greys
     hue, saturation = vary(-0.9, 0.9, 1, 1, share=0.8), 1 + vary(-0.5, 0.5, 1, 1)
     colours = grey + saturation * (hue.cos() * (torch.eye(3, device=device) - grey) + hue.sin() * around)  # (B, 3, 3)
     colours = colours * (1 + vary(-0.2, 0.2, 3, 1)) * (1 + vary(-0.3, 0.3, 1, 1)) * (1 - (fog := vary(0.0, 0.5, 1, 1, share=0.3)))
@@ -347,9 +340,8 @@ class Ensemble(nn.Module):
         super().__init__()
         Z = sizes.S * sizes.K
         # A fixed random projection keeps distances; predicting all of E would cost more than the world model.
-        projection = torch.randn(embed_size, target) / embed_size**0.5 if target else torch.eye(embed_size)
-        self.register_buffer("projection", projection)
-        self.members = nn.ModuleList(mlp(2 * Z + sizes.action_size, sizes.units, 2, projection.shape[1]) for _ in range(members))
+        self.register_buffer("projection", torch.randn(embed_size, target) / embed_size**0.5 if target else None)
+        self.members = nn.ModuleList(mlp(2 * Z + sizes.action_size, sizes.units, 2, target or embed_size) for _ in range(members))
 
     def forward(self, sigma, z, action):
         """-> predictions (members, ..., projected E)"""
@@ -358,7 +350,9 @@ class Ensemble(nn.Module):
 
     def loss(self, sigma, z, action, embed, is_first):
         """Squared error of predicting the next embedding, summed over dimensions; () from (B, T, ...)."""
-        error = (self(sigma[:, :-1], z[:, :-1], action[:, :-1]) - embed[:, 1:] @ self.projection) ** 2
+        with torch.autocast(embed.device.type, enabled=False):  # the target keeps its digits
+            target = embed[:, 1:] if self.projection is None else embed[:, 1:] @ self.projection
+        error = (self(sigma[:, :-1], z[:, :-1], action[:, :-1]) - target) ** 2
         return (error.sum(-1).mean(0) * ~is_first[:, 1:]).mean()
 
     def disagreement(self, sigma, z, action):
@@ -452,7 +446,7 @@ class ActorCritic(nn.Module):
         if check:
             check(terms, {"z": z, "sigma": sigma, "weight": weight})
         self.optimizer.step()
-        self.scale = new_scale
+        self.scale = torch.where(new_scale.isfinite(), new_scale, self.scale)
         with torch.no_grad():
             for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters()):
                 slow.lerp_(fast, 0.02)
@@ -500,7 +494,7 @@ def disagreement_map(draw, ensemble, replay, logger, step, device, most=512):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    n = min(most // len(replay.data["reward"]), len(replay))
+    n = min(max(1, most // len(replay.data["reward"])), len(replay))
     rows = (replay.added - n + np.arange(n)) % replay.length  # the newest
     image, vector, action, first = (replay.data[k][:, rows].to(device) for k in ("image", "vector", "action", "is_first"))
     z = sample_onehot(draw.posterior(draw.encoder(image, vector)).exp())  # (n_envs, n, S, K)
@@ -537,16 +531,14 @@ def main(args):
     seed_everything(args.seed)
     device = pick_device(args.device)
     # Under torchrun, several processes share all numbers below; the batch of an update is all of theirs together.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    typed, rank, world = args, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     run_dir = Path(args.run_dir or f"runs/pretrain-{args.env_id.split('/')[-1]}-{args.seed}")
     if world > 1:
         shared = ("n_envs", "batch", "starts", "steps", "prefill", "replay_size", "save_every")
         if any(getattr(args, name) % world for name in shared):
             raise UserError(f"{world} processes can't share " + ", ".join(f"--{n.replace('_', '-')} {getattr(args, n)}" for n in shared if getattr(args, n) % world))
+        typed = dataclasses.replace(args, track=args.track and rank == 0)
         args = dataclasses.replace(args, train_every=args.train_every / world, **{name: getattr(args, name) // world for name in shared})
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         run_dir = run_dir if rank == 0 else run_dir.with_name(f"{run_dir.name}-rank{rank}")  # each process keeps its own replay and state
     envs = make_envs(args.env_id, args.n_envs, args.image_size, args.episode_steps, args.parallel_envs)
@@ -558,8 +550,8 @@ def main(args):
     )  # fmt: skip
     with explained(f"--replay-size {args.replay_size}, --image-size or the networks' sizes are too large for the memory"):
         draw, replay = DRAW(sizes).to(device), Replay(args.replay_size, args.n_envs, sizes, device)
-    saved = load_state(run_dir, args, device)
-    logger = Logger(run_dir, args, saved)
+    saved = load_state(run_dir, typed, device)
+    logger = Logger(run_dir, typed, saved)
 
     if device.type == "cpu":
         draw = draw.to(memory_format=torch.channels_last)
@@ -592,14 +584,17 @@ def main(args):
 
     def save(step, **more):
         divergence.look()
+        interrupt.waits = True
         files = replay.save(run_dir / "replay")  # first the rows, then the state that counts on them, then what nobody needs any more
-        save_state(logger, modules, step=step, update=updates, purge_step=updates + 1, finished=finished, policy_metrics=policy_metrics,
+        if world > 1:
+            dist.barrier()  # so that all write their states within a moment
+        save_state(logger, modules, world=world, step=step, update=updates, purge_step=updates + 1, finished=finished, policy_metrics=policy_metrics,
                    action=torch.from_numpy(action), replay_files=files, replay_added=replay.added)  # fmt: skip
         for old in (run_dir / "replay").glob("*.npz"):
             if old.name not in files:  # rows that left the ring, or of a run that this one overwrites
                 old.unlink()
         save_checkpoint(
-            run_dir / "draw.pt", stage="draw_pretrain", args=dataclasses.asdict(args), sizes=dataclasses.asdict(sizes), draw=draw.state_dict(),
+            run_dir / "draw.pt", stage="draw_pretrain", args=dataclasses.asdict(typed), sizes=dataclasses.asdict(sizes), draw=draw.state_dict(),
             task_actor=task.actor.state_dict(), explore_actor=explore.actor.state_dict(), updates=updates, **more,
         )  # fmt: skip
 
@@ -611,6 +606,8 @@ def main(args):
     collectors = np.full(args.n_envs, RANDOM)  # per environment, drawn anew for each episode
     if saved:
         replay.load(run_dir / "replay", saved["replay_files"], saved["replay_added"])
+        if saved["world"] != world:
+            raise UserError(f"--resume: the run was started with {saved['world']} processes, now there are {world}")
         updates, begin, finished, policy_metrics = (saved[k] for k in ("update", "step", "finished", "policy_metrics"))
         action = saved["action"].cpu().numpy()
         restore(saved, modules)
@@ -709,6 +706,7 @@ def main(args):
         if (step + args.n_envs) // args.save_every > step // args.save_every or interrupt.asked:
             save(step + args.n_envs)
             new_episodes = True
+            interrupt.waits = world == 1
             if interrupt.asked:
                 interrupt.stop(f"saved after {step + args.n_envs} steps")
     bar.close()

@@ -34,9 +34,9 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-from common import (Actor, DivergenceCheck, Interrupt, Logger, Policy, UserError, check_range, check_sizes, held_noise, kl_categorical, load_checkpoint,
+from common import (Actor, DivergenceCheck, Interrupt, Logger, Policy, UserError, check_range, check_sizes, explained, held_noise, kl_categorical, load_checkpoint,
                     load_dataset, load_draw, load_module, load_policy, load_state, make_envs, mix, mlp, pick_device, restore, sample_onehot,
-                    save_checkpoint, save_dataset, save_state, seed_everything, unimix, write_atomically)  # fmt: skip
+                    save_checkpoint, save_dataset, save_state, seed_everything, to_device, unimix, write_atomically)  # fmt: skip
 from draw_pretrain import open_loop, reconstruction_errors
 
 
@@ -358,6 +358,11 @@ def main(args):
     draw = load_draw(checkpoint, device)
     sizes = draw.sizes
     source = checkpoint.get("source_range")  # the yardsticks of the report; None of an unfinished stage 1
+    if source is not None:  # looked at before the training, not after it
+        with explained(f"{args.checkpoint} is damaged: its source_range makes no sense; make one with draw_pretrain.py"):
+            quantiles = torch.tensor([source[k] for k in ("image error", "vector error", "posterior entropy")])  # (3, 3)
+            if quantiles.shape != (3, 3) or not quantiles.isfinite().all() or not 0 < source["kl"] < np.inf:
+                raise ValueError(source)
     run_dir = Path(args.run_dir or f"runs/adapt-{args.method}-{args.seed}")
     saved = load_state(run_dir, args, device)
     path = run_dir / "dataset.npz" if args.dataset is None else args.dataset
@@ -397,7 +402,7 @@ def main(args):
 
     def loss_of(part, start, dynamics=rectified):
         """(kl, mask), (B, T) each, of sequences that begin at the `start`-th rows (B,) of a part of the data"""
-        t = torch.from_numpy(rows[part][start[:, None] + np.arange(args.length)]).to(device)  # (B, T)
+        t = to_device(torch.from_numpy(rows[part][start[:, None] + np.arange(args.length)]), device)  # (B, T)
         q = posterior[t]  # (B, T, S, K)
         return adaptation_loss(draw, dynamics, q, sample_onehot(q.exp()), action[t], is_first[t])
 

@@ -247,7 +247,7 @@ def main(args):
         check(update - 1, terms, rows=t, z=zs[0], range_ema=range_ema)
         actor_optimizer.step()
         critic_optimizer.step()
-        range_ema = new_range
+        range_ema = torch.where(new_range.isfinite(), new_range, range_ema)
         with torch.no_grad():
             for slow, fast in zip(slow_critic.parameters(), critic.parameters()):
                 slow.lerp_(fast, 0.02)

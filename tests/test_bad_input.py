@@ -525,6 +525,19 @@ def test_bad_input(files, monkeypatch, capfd, stage, flags, words):
         assert contents(files) == before
 
 
+GOOD_RANGE = {"kl": 1.0, "image error": [1.0, 2.0, 3.0], "vector error": [1.0, 2.0, 3.0], "posterior entropy": [1.0, 2.0, 3.0]}
+
+
+@pytest.mark.parametrize(
+    "wrong", [[1], {}, "range", GOOD_RANGE | {"kl": 0.0}, GOOD_RANGE | {"kl": "1"}, GOOD_RANGE | {"vector error": [1.0]}, GOOD_RANGE | {"image error": [float("nan")] * 3}]
+)  # fmt: skip
+def test_yardsticks_that_make_no_sense(files, tmp_path, monkeypatch, wrong):
+    """of the source, in draw.pt: found before the training, not by the report after it"""
+    save_checkpoint(tmp_path / "draw.pt", **draw_checkpoint(source_range=wrong))
+    code = attempt(monkeypatch, files, "adapt", ["--checkpoint", str(tmp_path / "draw.pt"), "--run-dir", str(tmp_path / "run")])
+    assert code.startswith("error: ") and "source_range" in code and not (tmp_path / "run").exists()
+
+
 # ---- the same from outside, one of each kind
 
 

@@ -102,12 +102,19 @@ def test_torchrun_trains_one_model(tmp_path):
     """Two processes end with the same weights, but for the collected rows; and go on together"""
     flags = """laptop --env-id toy_env:Toy-v0 --steps 400 --prefill 200 --n-envs 2 --hold 4 --replay-size 1000 --S 4 --K 4 --cnn-depth 2 --vector-units 8
         --vector-layers 1 --units 8 --actor-units 8 --batch 4 --length 4 --train-every 8 --horizon 2 --starts 4 --policy-start 4 --policy-every 1 --explore-every 1
-        --ensemble 2 --ensemble-target 4 --log-every 5 --save-every 300 --device cpu""".split()
+        --ensemble 2 --ensemble-target 4 --log-every 5 --save-every 240 --device cpu""".split()
     env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "draw_pretrain.py"), *flags, "--run-dir", "run"]
-    for more in ([], ["--resume"]):
-        done = subprocess.run(command + more, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
+    stopped = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL)
+    while not all((tmp_path / name / "draw.pt").exists() for name in ("run", "run-rank1")):  # both have saved
+        assert stopped.poll() is None
+        time.sleep(0.01)
+    stopped.terminate()
+    stopped.wait()
+    steps = [load_checkpoint(tmp_path / name / "state.pt", ("state",))["step"] for name in ("run", "run-rank1")]
+    assert steps[0] == steps[1] < 200  # on the way
+    done = subprocess.run(command + ["--resume"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
     first, second = (load_checkpoint(tmp_path / name / "draw.pt", ("draw_pretrain",)) for name in ("run", "run-rank1"))
     assert first["updates"] == second["updates"] == 25  # (400 - 200) / 8, as of one process
     for part in ("draw", "task_actor", "explore_actor"):
@@ -143,12 +150,13 @@ def test_parallel_environments_do_the_same(env_id):
 
 def test_ctrl_c_saves_with_parallel_environments(tmp_path):
     """The terminal sends it to all processes; those of the environments must live until the run has saved."""
-    flags = "laptop --env-id toy_env:Toy-v0 --parallel-envs --n-envs 2 --steps 100000 --prefill 90000 --log-every 1 --device cpu --run-dir run".split()
+    flags = "laptop --env-id toy_env:ToySlow-v0 --parallel-envs --n-envs 2 --steps 100000 --prefill 90000 --save-every 20 --device cpu --run-dir run".split()
     env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen([sys.executable, ROOT / "draw_pretrain.py", *flags], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not (tmp_path / "run" / "replay").exists():  # the first save, after 4,000 steps
+    while not (tmp_path / "run" / "replay").exists():  # the first save, after 20 steps
         assert run.poll() is None
         time.sleep(0.1)
+    time.sleep(1)  # now it waits for the environments
     os.killpg(run.pid, signal.SIGINT)
     stderr = run.communicate(timeout=100)[1]
     assert run.returncode == 130 and "saved after" in stderr and "Traceback" not in stderr and "ERROR" not in stderr, stderr[-2000:]

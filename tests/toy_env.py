@@ -5,6 +5,8 @@ position), the reward is the new position, and an episode ends at position 1 or 
 recorded data can be checked: vector[t+1, 0] == 0.2 * action[t] and reward[t] == vector[t, 1].
 """
 
+import time
+
 import gymnasium as gym
 import numpy as np
 
@@ -13,8 +15,8 @@ VECTOR = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
 
 
 class Toy(gym.Env):
-    def __init__(self, sign=1.0, **spaces):
-        self.sign = sign
+    def __init__(self, sign=1.0, seconds=0.0, **spaces):
+        self.sign, self.seconds = sign, seconds
         self.observation_space = spaces.get("observation_space", gym.spaces.Dict(image=IMAGE, vector=VECTOR))
         self.action_space = spaces.get("action_space", gym.spaces.Box(-1.0, 1.0, (1,), np.float32))
 
@@ -24,6 +26,7 @@ class Toy(gym.Env):
         return self.observe(0.0), {}
 
     def step(self, action):
+        time.sleep(self.seconds)
         move = 0.2 * self.sign * float(action[0])
         self.position += move
         return self.observe(move), self.position, self.position >= 1.0, False, {}
@@ -40,6 +43,7 @@ def register(name, **kwargs):
 
 register("Toy")
 register("ToyReversed", sign=-1.0)
+register("ToySlow", seconds=0.1)
 # Spaces that DRAW can't use
 register("ToyDiscrete", action_space=gym.spaces.Discrete(3))
 register("ToyWideActions", action_space=gym.spaces.Box(-2.0, 2.0, (1,), np.float32))
