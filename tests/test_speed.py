@@ -150,10 +150,10 @@ def test_parallel_environments_do_the_same(env_id):
 
 def test_ctrl_c_saves_with_parallel_environments(tmp_path):
     """The terminal sends it to all processes; those of the environments must live until the run has saved."""
-    flags = "laptop --env-id toy_env:ToySlow-v0 --parallel-envs --n-envs 2 --steps 100000 --prefill 90000 --save-every 20 --device cpu --run-dir run".split()
+    flags = "laptop --env-id toy_env:ToySlow-v0 --parallel-envs --n-envs 2 --steps 100000 --prefill 90000 --save-every 60 --device cpu --run-dir run".split()
     env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen([sys.executable, ROOT / "draw_pretrain.py", *flags], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not (tmp_path / "run" / "replay").exists():  # the first save, after 20 steps
+    while not (tmp_path / "run" / "replay").exists():  # the first save, after 60 steps
         assert run.poll() is None
         time.sleep(0.1)
     time.sleep(1)  # now it waits for the environments
