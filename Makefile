@@ -83,8 +83,8 @@ $(RUNS)/source-policy/done: $(RUNS)/source/done
 	$(PY) train_policy.py laptop $(STAGE3) --checkpoint $(RUNS)/source/draw.pt --dataset $(RUNS)/source/replay \
 		--eval-env-ids $(SOURCE) $(TARGET) --seed $(SEED) --run-dir $(RUNS)/source-policy --resume
 	@touch $@
-# stage 2: the residual, from target data without rewards (after the source's policy, so that no more than two trainings share the cores)
-$(RUNS)/adapted/done: $(RUNS)/source/done | $(RUNS)/source-policy/done
+# stage 2: the residual, from target data without rewards
+$(RUNS)/adapted/done: $(RUNS)/source/done
 	$(PY) redraw_adapt.py laptop $(STAGE2) --checkpoint $(RUNS)/source/draw.pt --target-env-id $(TARGET) \
 		--seed $(SEED) --run-dir $(RUNS)/adapted --resume
 	@touch $@
