@@ -67,8 +67,8 @@ bench: .venv/installed
 test-duckiebot: .venv/duckietown
 	$(PY) -m pytest tests/test_deploy.py tests/test_duckietown.py -q
 
-# Each stage is made once: an interrupted `make demo` goes on from its stages' last saves. The ceiling is trained beside the
-# rest, one thread each, and writes what it has to say into target.log.
+# Each stage is made once: an interrupted `make demo` goes on from its stages' last saves. Two trainings at a time, one thread each; the
+# ceiling writes what it has to say into target.log, the source's policy into source-policy.log.
 demo: export OMP_NUM_THREADS ?= 1
 demo: .venv/installed
 	@$(MAKE) --no-print-directory -j2 $(RUNS)/source-policy/done $(RUNS)/adapted-policy/done $(RUNS)/target-policy/done
@@ -81,7 +81,8 @@ $(RUNS)/source/done: | .venv/installed
 # stage 3: a policy for the source, evaluated there and, zero-shot, in the target
 $(RUNS)/source-policy/done: $(RUNS)/source/done
 	$(PY) train_policy.py laptop $(STAGE3) --checkpoint $(RUNS)/source/draw.pt --dataset $(RUNS)/source/replay \
-		--eval-env-ids $(SOURCE) $(TARGET) --seed $(SEED) --run-dir $(RUNS)/source-policy --resume
+		--eval-env-ids $(SOURCE) $(TARGET) --seed $(SEED) --run-dir $(RUNS)/source-policy --resume \
+		> $(RUNS)/source-policy.log 2>&1 || { tail -n 1 $(RUNS)/source-policy.log >&2; exit 1; }
 	@touch $@
 # stage 2: the residual, from target data without rewards
 $(RUNS)/adapted/done: $(RUNS)/source/done
