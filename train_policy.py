@@ -100,7 +100,7 @@ PRESETS = {
     ),  # fmt: skip
     "duckietown": (
         "minutes on one CPU core: lane following",
-        Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING, updates=2000, batch=64, length=2, rewarded=0.5, horizon=15, gamma=0.95, lr=5e-4, decay=True,
+        Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING, updates=2000, batch=64, length=2, horizon=15, gamma=0.95, lr=5e-4, decay=True,
              return_floor=0.1, eval_every=0, eval_episodes=10),
     ),  # fmt: skip
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING)),
