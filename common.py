@@ -143,9 +143,9 @@ for name, *task, suffix, changes in (
         gym.register(env_id, DMCEnv, kwargs=kwargs, max_episode_steps=500, disable_env_checker=True)
 
 
-def make_env(env_id, **kwargs):
-    """gymnasium.make; it is here so that a process that calls it has imported this file, which registers the environments above."""
-    if multiprocessing.parent_process():
+def make_env(env_id, worker=False, **kwargs):
+    """gymnasium.make; it is here so that a `worker`, a process of its own, has imported this file, which registers the environments above."""
+    if worker and multiprocessing.parent_process():  # AsyncVectorEnv calls it once in the parent too
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which saves first
     return gym.make(env_id, **kwargs)
 
@@ -178,7 +178,7 @@ def make_envs(env_id, n, image_size=None, episode_steps=None, parallel=False):
     if parallel:  # spawned, because a fork would share the GPU and the renderer
         envs.close()
         with explained(f"can't make environment '{env_id}' in processes of their own"):
-            envs = gym.vector.AsyncVectorEnv([partial(make_env, env_id, **kwargs)] * n, context="spawn")
+            envs = gym.vector.AsyncVectorEnv([partial(make_env, env_id, worker=True, **kwargs)] * n, context="spawn")
     return envs
 
 
