@@ -530,7 +530,8 @@ def main(args):
     interrupt = Interrupt()
     seed_everything(args.seed)
     device = pick_device(args.device)
-    # Under torchrun, several processes share all numbers below; the batch of an update is all of theirs together.
+    # Under torchrun, several processes share the numbers of `shared`, and the batch of an update is all of theirs together: from here on
+    # `args` counts for one process, `typed` is what the user gave, which the files of the run hold.
     typed, rank, world = args, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     run_dir = Path(args.run_dir or f"runs/pretrain-{args.env_id.split('/')[-1]}-{args.seed}")
     if world > 1:
@@ -605,9 +606,9 @@ def main(args):
     action = np.zeros((args.n_envs, sizes.action_size), np.float32)
     collectors = np.full(args.n_envs, RANDOM)  # per environment, drawn anew for each episode
     if saved:
-        replay.load(run_dir / "replay", saved["replay_files"], saved["replay_added"])
         if saved["world"] != world:
             raise UserError(f"--resume: the run was started with {saved['world']} processes, now there are {world}")
+        replay.load(run_dir / "replay", saved["replay_files"], saved["replay_added"])
         updates, begin, finished, policy_metrics = (saved[k] for k in ("update", "step", "finished", "policy_metrics"))
         action = saved["action"].cpu().numpy()
         restore(saved, modules)
