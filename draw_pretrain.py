@@ -35,7 +35,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (ARRAYS, DRAW, Actor, Critic, DivergenceCheck, Interrupt, Logger, Policy, Sizes, UserError, check_range, explained, held_noise,
-                    kl_categorical, load_state, make_envs, mix, mlp, pick_device, read_npz, restore, sample_onehot, save_checkpoint, save_dataset, save_state,
+                    kl_categorical, load_checkpoint, load_state, make_envs, mix, mlp, pick_device, read_npz, restore, sample_onehot, save_checkpoint, save_dataset, save_state,
                     seed_everything, softmax, symlog, to_device, twohot_log_prob, twohot_mean, unimix)  # fmt: skip
 
 
@@ -552,6 +552,13 @@ def main(args):
     with explained(f"--replay-size {args.replay_size}, --image-size or the networks' sizes are too large for the memory"):
         draw, replay = DRAW(sizes).to(device), Replay(args.replay_size, args.n_envs, sizes, device)
     saved = load_state(run_dir, typed, device)
+    if world > 1:  # killed between their writes, some have saved once more than the others: these go on from the save before
+        step = int(of_all_processes(torch.tensor([saved["step"] if saved else 0], device=device)).min())
+        if saved and saved["step"] > step:
+            before = run_dir / "state-before.pt"
+            saved = load_checkpoint(before, ("state",), device) if before.exists() else saved
+        if len(set(of_all_processes(torch.tensor([saved["step"] if saved else 0], device=device)).tolist())) > 1:
+            raise UserError("--resume: the processes' last saves are of different steps; start anew with --overwrite")
     logger = Logger(run_dir, typed, saved)
 
     if device.type == "cpu":
@@ -587,10 +594,14 @@ def main(args):
         divergence.look()
         interrupt.waits = True
         files = replay.save(run_dir / "replay")  # first the rows, then the state that counts on them, then what nobody needs any more
-        if world > 1:
-            dist.barrier()  # so that all write their states within a moment
+        state = run_dir / "state.pt"
+        if world > 1 and state.exists():  # kept, until all processes have written the new one
+            state.with_name("state-before.pt").unlink(missing_ok=True)
+            os.link(state, state.with_name("state-before.pt"))
         save_state(logger, modules, world=world, step=step, update=updates, purge_step=updates + 1, finished=finished, policy_metrics=policy_metrics,
                    action=torch.from_numpy(action), replay_files=files, replay_added=replay.added)  # fmt: skip
+        if world > 1:
+            dist.barrier()  # the rows that only the state before counts on go when all have the new one
         for old in (run_dir / "replay").glob("*.npz"):
             if old.name not in files:  # rows that left the ring, or of a run that this one overwrites
                 old.unlink()
@@ -614,8 +625,6 @@ def main(args):
         restore(saved, modules)
     elif rank:
         seed_everything(args.seed + 1000 * rank)  # from here on; the weights began alike
-    if world > 1 and len(set(of_all_processes(torch.tensor([begin], device=device)).tolist())) > 1:
-        raise UserError("--resume: the processes' last saves are of different steps; start anew with --overwrite")
     new_episodes = True
     interrupt.waits = world == 1  # several processes would not stop at the same step: they end at once, and go on from the last save
     bar = tqdm(total=args.steps, initial=begin, unit="step", smoothing=0.05, mininterval=1.0, disable=rank > 0)
