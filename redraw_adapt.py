@@ -51,6 +51,8 @@ class Args:
     seed: int = 1
     device: str = "auto"  # auto, cpu or cuda
     track: bool = False  # log to Weights & Biases too
+    bf16: bool = False  # networks compute in bfloat16; distributions, losses and weights stay float32
+    compile: bool = False  # torch.compile of the training loss; the first update then takes minutes
 
     # collecting, where the target is a simulator
     target_env_id: Optional[str] = None  # a Gymnasium id, also as module:id
@@ -400,11 +402,13 @@ def main(args):
     modules = {"draw": draw, "rectified": rectified} | ({"optimizer": optimizer} if trained else {})
     check = DivergenceCheck(run_dir, modules, lag=4 if device.type == "cuda" else 0)
 
-    def loss_of(part, start, dynamics=rectified):
+    training_loss = torch.compile(adaptation_loss) if args.compile else adaptation_loss
+
+    def loss_of(part, start, dynamics=rectified, loss=adaptation_loss):
         """(kl, mask), (B, T) each, of sequences that begin at the `start`-th rows (B,) of a part of the data"""
         t = to_device(torch.from_numpy(rows[part][start[:, None] + np.arange(args.length)]), device)  # (B, T)
         q = posterior[t]  # (B, T, S, K)
-        return adaptation_loss(draw, dynamics, q, sample_onehot(q.exp()), action[t], is_first[t])
+        return loss(draw, dynamics, q, sample_onehot(q.exp()), action[t], is_first[t])
 
     @torch.no_grad()
     def mean_kl(part, dynamics=rectified, most=2000):
@@ -445,7 +449,8 @@ def main(args):
         if optimizer is None or update == args.updates:
             break
         sequences = np.random.randint(0, len(rows["train"]) - args.length + 1, args.batch)
-        kl_t, mask = loss_of("train", sequences)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            kl_t, mask = loss_of("train", sequences, loss=training_loss)
         loss = kl_t.sum() / mask.sum().clamp(min=1)
         optimizer.zero_grad()
         loss.backward()

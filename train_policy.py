@@ -55,6 +55,8 @@ class Args:
     seed: int = 1
     device: str = "auto"  # auto, cpu or cuda
     track: bool = False  # log to Weights & Biases too
+    bf16: bool = False  # networks compute in bfloat16; distributions, losses and weights stay float32
+    compile: bool = False  # torch.compile of the losses and the imagination (REINFORCE only); the first update then takes minutes
 
     updates: int = 100_000
     batch: int = 16  # B, sequences of start states per update
@@ -87,6 +89,59 @@ PRESETS = {
     ),  # fmt: skip
     "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING)),
 }
+
+
+def losses(args, draw, rectified, actor, critic, slow_critic, range_ema, z, sigma, alive):
+    """The two losses of trajectories imagined under the rectified dynamics (equations: above).
+
+    Args:
+        rectified: the dynamics (z, sigma, a) -> u.   range_ema: (), of the returns' 5 to 95 % range.
+        z, sigma: (B*T, S, K), where they start.   alive: (B*T,), 0 where a start is terminal, else 1.
+    Returns: actor_loss (), critic_loss (), rewards (H, B*T), values (H+1, B*T), returns and entropy (H, B*T), the new range_ema ().
+    """
+    # Imagination. REINFORCE needs no gradient through it.
+    H = args.horizon
+    with torch.set_grad_enabled(args.actor_grad == "dynamics"):
+        zs, actions = [z], []
+        for _ in range(H):
+            action = actor(z.detach()).rsample()  # (B*T, A)
+            sigma = softmax(rectified(z, sigma, action))  # (B*T, S, K)
+            z = sample_onehot(rectified.prior(sigma))
+            zs.append(z)
+            actions.append(action)
+        zs, actions = torch.stack(zs), torch.stack(actions)  # (H+1, B*T, S, K): z_0 .. z_H; (H, B*T, A): a_0 .. a_{H-1}
+        reward = draw.reward(zs[1:])  # (H, B*T): r_1 .. r_H
+        discount = args.gamma * draw.cont(zs[1:])  # (H, B*T): gamma c_1 .. gamma c_H
+    weight = torch.cat([alive[None], alive * discount[:-1].detach().cumprod(0)])  # (H, B*T): w_0 .. w_{H-1}
+
+    # Returns, from the last step backwards.
+    logits = critic(zs)  # (H+1, B*T, BINS)
+    value = twohot_mean(logits)  # (H+1, B*T)
+    if args.actor_grad == "reinforce":
+        value = value.detach()
+    R, returns = value[-1], []
+    for k in reversed(range(H)):
+        R = reward[k] + discount[k] * ((1 - args.lam) * value[k + 1] + args.lam * R)
+        returns.insert(0, R)
+    returns = torch.stack(returns)  # (H, B*T): R_0 .. R_{H-1}
+    p5, p95 = torch.quantile(returns.detach().flatten(), torch.linspace(0.05, 0.95, 2, device=returns.device))
+    new_range = 0.99 * range_ema + 0.01 * (p95 - p5)
+    scale = new_range.clamp(min=args.return_floor)
+
+    # Actor.
+    pi = actor(zs[:-1].detach())
+    entropy = pi.entropy().sum(-1)  # (H, B*T)
+    if args.actor_grad == "reinforce":
+        objective = pi.log_prob(actions).sum(-1) * (returns - value[:-1]) / scale
+    else:
+        objective = returns / scale
+    actor_loss = -(weight * (objective + args.entropy * entropy)).mean()
+
+    # Critic.
+    with torch.no_grad():
+        slow_value = twohot_mean(slow_critic(zs[:-1]))  # (H, B*T)
+    critic_loss = -(weight * (twohot_log_prob(logits[:-1], returns.detach()) + twohot_log_prob(logits[:-1], slow_value))).mean()
+    return actor_loss, critic_loss, reward, value, returns, entropy, new_range
 
 
 def evaluate(env_id, policy, episodes, seed, image_size=None):
@@ -154,7 +209,7 @@ def main(args):
     is_first = torch.from_numpy(dataset["is_first"]).to(device)  # (N,)
     is_terminal = torch.from_numpy(dataset["is_terminal"]).to(device)  # (N,)
     del dataset
-    H, n_rewarded = args.horizon, round(args.rewarded * args.batch)  # sequences that begin where reward is predicted
+    n_rewarded = round(args.rewarded * args.batch)  # sequences that begin where reward is predicted
     if n_rewarded:
         predicted = torch.cat([draw.reward(part.exp()) for part in posterior.split(1024)]).clamp(min=0.0) + 1e-6  # (N,), reward from z's mean
 
@@ -168,6 +223,10 @@ def main(args):
 
     modules = {"actor": actor, "critic": critic, "slow_critic": slow_critic, "actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
     check = DivergenceCheck(run_dir, modules, lag=4 if device.type == "cuda" else 0)
+
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    # Two backward passes, as with "dynamics", can't go through one compiled graph.
+    losses_of = torch.compile(losses) if args.compile and args.actor_grad == "reinforce" else losses
 
     def film(update, env_id, frames):
         logger.video(update, env_id.split("/")[-1].split(":")[-1], frames[::2].repeat(4, 1).repeat(4, 2))
@@ -193,58 +252,24 @@ def main(args):
             z, sigma = z.flatten(0, 1), sigma.flatten(0, 1)  # (B*T, S, K)
             alive = 1.0 - is_terminal[t].flatten().float()  # (B*T,), nothing follows a terminal state
 
-        # Imagination. REINFORCE needs no gradient through it.
-        with torch.set_grad_enabled(args.actor_grad == "dynamics"):
-            zs, actions = [z], []
-            for _ in range(H):
-                pi = actor(z.detach())
-                action = pi.rsample()  # (B*T, A)
-                sigma = softmax(rectified(z, sigma, action))  # (B*T, S, K)
-                z = sample_onehot(rectified.prior(sigma))
-                zs.append(z)
-                actions.append(action)
-            zs, actions = torch.stack(zs), torch.stack(actions)  # (H+1, B*T, S, K): z_0 .. z_H; (H, B*T, A): a_0 .. a_{H-1}
-            reward = draw.reward(zs[1:])  # (H, B*T): r_1 .. r_H
-            discount = args.gamma * draw.cont(zs[1:])  # (H, B*T): gamma c_1 .. gamma c_H
-        weight = torch.cat([alive[None], alive * discount[:-1].detach().cumprod(0)])  # (H, B*T): w_0 .. w_{H-1}
-
-        # Returns, from the last step backwards.
-        logits = critic(zs)  # (H+1, B*T, BINS)
-        value = twohot_mean(logits)  # (H+1, B*T)
-        if args.actor_grad == "reinforce":
-            value = value.detach()
-        R, returns = value[-1], []
-        for k in reversed(range(H)):
-            R = reward[k] + discount[k] * ((1 - args.lam) * value[k + 1] + args.lam * R)
-            returns.insert(0, R)
-        returns = torch.stack(returns)  # (H, B*T): R_0 .. R_{H-1}
-        p5, p95 = torch.quantile(returns.detach().flatten(), torch.linspace(0.05, 0.95, 2, device=device))
-        new_range = 0.99 * range_ema + 0.01 * (p95 - p5)
+        with autocast:
+            actor_loss, critic_loss, reward, value, returns, entropy, new_range = losses_of(
+                args, draw, rectified, actor, critic, slow_critic, range_ema, z, sigma, alive
+            )
         scale = new_range.clamp(min=args.return_floor)
-
-        # Actor.
-        pi = actor(zs[:-1].detach())
-        entropy = pi.entropy().sum(-1)  # (H, B*T)
-        if args.actor_grad == "reinforce":
-            objective = pi.log_prob(actions).sum(-1) * (returns - value[:-1]) / scale
+        for opt in (actor_optimizer, critic_optimizer):
+            opt.zero_grad()
+        if args.actor_grad == "reinforce":  # neither loss depends on the other's parameters
+            (actor_loss + critic_loss).backward(inputs=[*actor.parameters(), *critic.parameters()])
         else:
-            objective = returns / scale
-        actor_loss = -(weight * (objective + args.entropy * entropy)).mean()
-        actor_optimizer.zero_grad()
-        actor_loss.backward(inputs=list(actor.parameters()), retain_graph=args.actor_grad == "dynamics")
+            actor_loss.backward(inputs=list(actor.parameters()), retain_graph=True)
+            critic_loss.backward(inputs=list(critic.parameters()))
         actor_norm = nn.utils.clip_grad_norm_(actor.parameters(), 100.0)
-
-        # Critic.
-        with torch.no_grad():
-            slow_value = twohot_mean(slow_critic(zs[:-1]))  # (H, B*T)
-        critic_loss = -(weight * (twohot_log_prob(logits[:-1], returns.detach()) + twohot_log_prob(logits[:-1], slow_value))).mean()
-        critic_optimizer.zero_grad()
-        critic_loss.backward(inputs=list(critic.parameters()))
         critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), 100.0)
 
         # Step, unless something is NaN or infinite.
         terms = {"reward": reward, "critic": value, "actor_loss": actor_loss, "critic_loss": critic_loss, "gradient": actor_norm + critic_norm}
-        check(update - 1, terms, rows=t, z=zs[0], range_ema=range_ema)
+        check(update - 1, terms, rows=t, z=z, range_ema=range_ema)
         actor_optimizer.step()
         critic_optimizer.step()
         range_ema = torch.where(new_range.isfinite(), new_range, range_ema)

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from helpers import TINY, user_error
 
 import draw_pretrain
-from common import DRAW, DivergenceCheck, load_checkpoint, make_envs
+import redraw_adapt
+import train_policy
+from common import DRAW, Actor, Critic, DivergenceCheck, load_checkpoint, make_envs, softmax
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGS = draw_pretrain.Args(horizon=3, starts=4, batch=4, length=5, return_floor=0.01)
@@ -40,7 +42,8 @@ def without_chance(monkeypatch):
         onehot = F.one_hot(probs.detach().argmax(-1), probs.shape[-1]).to(probs)
         return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
 
-    monkeypatch.setattr(draw_pretrain, "sample_onehot", mode)
+    for stage in (draw_pretrain, train_policy):
+        monkeypatch.setattr(stage, "sample_onehot", mode)
     monkeypatch.setattr(torch.distributions.Normal, "rsample", lambda self: self.loc)
 
 
@@ -194,6 +197,58 @@ def test_compiled_losses_are_the_plain_ones(monkeypatch):
     for a, b in ((plain, fast), (gradients, fast_gradients)):
         for name in a:
             torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def residual_update(data):
+    """({"kl": loss of stage 2}, gradients of the residual)"""
+    torch.manual_seed(0)
+    draw = DRAW(TINY).requires_grad_(False)
+    rectified = redraw_adapt.Rectified(draw, "residual", 8)
+    for p in rectified.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    q = draw.posterior(draw.encoder(data["image"], data["vector"]))  # (B, T, S, K)
+    z = F.one_hot(q.argmax(-1), q.shape[-1]).float()
+    kl, mask = redraw_adapt.adaptation_loss(draw, rectified, q, z, data["action"], data["is_first"])
+    loss = kl.sum() / mask.sum()
+    loss.backward()
+    return {"kl": loss.detach()}, {name: p.grad.clone() for name, p in rectified.named_parameters()}
+
+
+def policy_update(data):
+    """(losses of stage 3, gradients of actor and critic)"""
+    torch.manual_seed(0)
+    draw = DRAW(TINY).requires_grad_(False)
+    rectified, modules = redraw_adapt.Rectified(draw, "residual", 8).requires_grad_(False), [Actor(TINY), Critic(TINY), Critic(TINY)]
+    for p in [p for module in (rectified, draw.reward_head, *modules) for p in module.parameters()]:
+        p.data += 0.1 * torch.randn_like(p)
+    z = F.one_hot(torch.randint(0, TINY.K, (20, TINY.S)), TINY.K).float()
+    sigma, alive = softmax(torch.randn(20, TINY.S, TINY.K)), (torch.arange(20) % 5 > 0).float()
+    args = train_policy.Args("", "", horizon=3, return_floor=0.01)
+    actor_loss, critic_loss, *_ = train_policy.losses(args, draw, rectified, *modules, torch.zeros(()), z, sigma, alive)
+    (actor_loss + critic_loss).backward()
+    gradients = {f"{i} {name}": p.grad.clone() for i, module in enumerate(modules[:2]) for name, p in module.named_parameters()}
+    return {"actor": actor_loss.detach(), "critic": critic_loss.detach()}, gradients
+
+
+@pytest.mark.parametrize("update, module, name", [(residual_update, redraw_adapt, "adaptation_loss"), (policy_update, train_policy, "losses")])
+def test_stages_2_and_3_compiled_and_in_bfloat16(monkeypatch, update, module, name):
+    """Compiled the same to 1e-4; in bfloat16 losses within 2 %, the gradient within 10 % of its length"""
+    without_chance(monkeypatch)
+    monkeypatch.setattr(torch.distributions.Normal, "rsample", lambda self: self.loc + 0.5 * self.scale)  # of the mode itself the mean would not matter
+    plain, gradients = update(batch_of(4))
+    assert gradients and all(g.abs().sum() > 0 for g in gradients.values())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, rounded_gradients = update(batch_of(4))
+    torch._dynamo.reset()
+    monkeypatch.setattr(module, name, torch.compile(getattr(module, name)))
+    compiled, compiled_gradients = update(batch_of(4))
+    for a, b in ((plain, compiled), (gradients, compiled_gradients)):
+        for key in a:
+            torch.testing.assert_close(b[key], a[key], rtol=1e-4, atol=1e-5, msg=key)
+    for key in plain:
+        torch.testing.assert_close(rounded[key], plain[key], rtol=0.02, atol=1e-3, msg=key)
+    joint, rounded_joint = (torch.cat([g.flatten() for g in all.values()]) for all in (gradients, rounded_gradients))
+    assert rounded_joint.dtype == torch.float32 and 0 < (rounded_joint - joint).norm() <= 0.1 * joint.norm()
 
 
 @pytest.mark.parametrize("lag", [0, 3])
