@@ -28,7 +28,7 @@ ROWS = "test_alignment.py"
 GRADIENTS = "test_gradients.py"
 LOOKS = "test_augment.py -k clean_one or identity"
 ENVIRONMENTS = "test_environments.py -k last_of_two_frames"
-SPEED = "test_speed.py -k two_processes or noticed or bfloat16"
+SPEED, TORCHRUN = "test_speed.py -k two_processes or noticed or bfloat16_is", "test_speed.py -k torchrun"
 
 # name, file, what stands there (once), the mistake, the tests
 MUTATIONS = [
@@ -127,7 +127,7 @@ MUTATIONS = [
     ("gradients of one's own batch alone", STAGE_1, "        dist.all_reduce(joint)\n", "", SPEED),
     ("gradients summed over the processes", STAGE_1, "(joint / dist.get_world_size())", "joint", SPEED),
     ("scale of one's own returns alone", STAGE_1, "of_all_processes(returns.detach())", "returns.detach()", SPEED),
-    ("a save that one process alone finished counts", STAGE_1, 'if saved and saved["step"] > step:', "if False:", SPEED),
+    ("a save that one process alone finished counts", STAGE_1, 'if saved and saved["step"] > step:', "if False:", TORCHRUN),
     ("a diverged step is taken on CUDA", COMMON, "self.diverged.copy_(torch.maximum(self.diverged, (~finite).float()))", "pass", SPEED),
     ("losses in bfloat16", COMMON, "return super().forward(x).float()", "return super().forward(x)", SPEED),
 ]  # fmt: skip
