@@ -1,7 +1,7 @@
 # make demo   the whole pipeline on one source/target pair (PAIR=pendulum, reacher, cup or finger)
 # make test   the tests, without those of the Duckiebot: make test-duckiebot
 # make bench  how fast each stage is on this machine; BENCH=--real times a whole laptop run too
-# make duckietown           the whole chain on the Duckiebot simulator, small
+# make duckietown           the whole chain on the Duckiebot simulator, small; SIZE=full: with the presets, which takes hours
 # make duckietown-install   only that simulator
 # All create .venv and install what they need into it.
 
@@ -123,23 +123,32 @@ DUCKIETOWN = duckietown-gym-daffy==6.1.34 duckietown-world-daffy==6.4.3 duckieto
 	@touch $@
 duckietown-install: .venv/duckietown
 
-# Source: the simulator; target: the same with reversed actions, recorded through the loop that drives a robot. Each stage is made once.
+# Source: the simulator; target: the same with reversed actions (VARIANT=Miscalibrated: wheels and delay off), recorded through the loop that
+# drives a robot: random actions, and the simulator's expert in the place of a person who drives by hand. Each stage is made once.
+SIZE ?= small
+VARIANT ?= Reversed
+TOWN_STAGE1_small = --steps 24000 --train-every 4
+TOWN_STAGE2_small = --updates 1000
+TOWN_STAGE3_small = --updates 1000
 TOWN = runs/duckietown-$(SEED)
-TOWN_SOURCE = deploy_duckiebot:redraw/Duckietown-v0
+TOWN_TARGET = redraw/Duckietown$(VARIANT)-v0
 $(TOWN)/source/done: | .venv/duckietown
-	$(PY) draw_pretrain.py duckietown $(STAGE1) --env-id $(TOWN_SOURCE) --seed $(SEED) --run-dir $(TOWN)/source --resume
+	$(PY) draw_pretrain.py duckietown $(TOWN_STAGE1_$(SIZE)) $(STAGE1) --env-id deploy_duckiebot:redraw/Duckietown-v0 --seed $(SEED) --run-dir $(TOWN)/source --resume
 	@touch $@
-$(TOWN)/target.npz: | .venv/duckietown
-	$(PY) deploy_duckiebot.py --seed $(SEED) --env-id redraw/DuckietownReversed-v0 --drive random --max-seconds 1000 --image-size 32 --record $@
-$(TOWN)/adapted/done: $(TOWN)/source/done $(TOWN)/target.npz
-	$(PY) redraw_adapt.py duckietown $(STAGE2) --checkpoint $(TOWN)/source/draw.pt --dataset $(TOWN)/target.npz --seed $(SEED) --run-dir $(TOWN)/adapted --resume
+$(TOWN)/$(VARIANT)/data/%.npz: | .venv/duckietown
+	@mkdir -p $(@D)
+	$(PY) deploy_duckiebot.py --seed $(SEED) --env-id $(TOWN_TARGET) --drive $* --max-seconds 500 --image-size 32 --record $@
+$(TOWN)/$(VARIANT)/adapted/done: $(TOWN)/source/done $(TOWN)/$(VARIANT)/data/random.npz $(TOWN)/$(VARIANT)/data/expert.npz
+	$(PY) redraw_adapt.py duckietown $(TOWN_STAGE2_$(SIZE)) $(STAGE2) --checkpoint $(TOWN)/source/draw.pt --dataset $(TOWN)/$(VARIANT)/data --seed $(SEED) \
+		--run-dir $(TOWN)/$(VARIANT)/adapted --resume
 	@touch $@
-$(TOWN)/policy/done: $(TOWN)/adapted/done
-	$(PY) train_policy.py duckietown $(STAGE3) --checkpoint $(TOWN)/adapted/best.pt --dataset $(TOWN)/target.npz --seed $(SEED) --run-dir $(TOWN)/policy --resume
+$(TOWN)/$(VARIANT)/policy/done: $(TOWN)/$(VARIANT)/adapted/done
+	$(PY) train_policy.py duckietown $(TOWN_STAGE3_$(SIZE)) $(STAGE3) --checkpoint $(TOWN)/$(VARIANT)/adapted/best.pt --dataset $(TOWN)/$(VARIANT)/data --seed $(SEED) \
+		--run-dir $(TOWN)/$(VARIANT)/policy --resume
 	@touch $@
 duckietown: export OMP_NUM_THREADS ?= 1
-duckietown: $(TOWN)/policy/done
-	$(PY) deploy_duckiebot.py --seed $(SEED) --env-id redraw/DuckietownReversed-v0 --checkpoint $(TOWN)/policy/policy.pt --max-seconds 200
+duckietown: $(TOWN)/$(VARIANT)/policy/done
+	$(PY) deploy_duckiebot.py --seed $(SEED) --env-id $(TOWN_TARGET) --checkpoint $(TOWN)/$(VARIANT)/policy/policy.pt --max-seconds 200
 
 clean:
 	rm -rf .venv runs
