@@ -109,8 +109,10 @@ $(RUNS)/target-policy/done: $(RUNS)/target/done
 
 # The Duckiebot simulator. Its packages ask for versions that exclude each other, and ours, so pip takes them without what they
 # ask for, after what they really need.
-DUCKIETOWN_NEEDS = pyglet==1.5.31 "networkx>=2.8" PyContracts3==7.2 decorator oyaml "base58<2" beautifulsoup4 coloredlogs frozendict future \
-	gltflib==1.0.13 mypy_extensions pyparsing pyzmq six svgwrite termcolor trimesh typing_extensions webcolors xtermcolor
+# pyglet 1.5, base58 below 2, PyContracts3 and gltflib are what the simulator's packages ask for; the others: as they were tried.
+DUCKIETOWN_NEEDS = pyglet==1.5.31 networkx==3.6.1 PyContracts3==7.2 decorator==5.3.1 oyaml==1.0 base58==1.0.3 beautifulsoup4==4.15.0 coloredlogs==15.0.1 \
+	frozendict==2.5.1 future==1.0.0 gltflib==1.0.13 mypy_extensions==1.2.0 pyparsing==3.3.3 pyzmq==27.3.0 six==1.17.0 svgwrite==1.4.3 termcolor==3.3.0 \
+	trimesh==5.2.0 typing_extensions==4.16.0 webcolors==25.10.0 xtermcolor==1.3
 DUCKIETOWN = duckietown-gym-daffy==6.1.34 duckietown-world-daffy==6.4.3 duckietown-serialization-ds1==1.1.1 aido-protocols-daffy==6.1.1 \
 	PyGeometry-z6==2.1.5 carnivalmirror==0.6.2 zuper-commons-z6==6.2.4 zuper-typing-z6==6.2.3 zuper-nodes-z6==6.2.17
 .venv/duckietown: .venv/installed
@@ -127,10 +129,13 @@ duckietown-install: .venv/duckietown
 # drives a robot: random actions, and the simulator's expert in the place of a person who drives by hand. Each stage is made once.
 SIZE ?= small
 VARIANT ?= Reversed
+ifneq ($(words $(filter $(SIZE),small full) $(filter $(VARIANT),Reversed Miscalibrated)),2)
+$(error SIZE must be small or full, not '$(SIZE)', VARIANT Reversed or Miscalibrated, not '$(VARIANT)')
+endif
 TOWN_STAGE1_small = --steps 24000 --train-every 4
 TOWN_STAGE2_small = --updates 1000
 TOWN_STAGE3_small = --updates 1000
-TOWN = runs/duckietown-$(SEED)
+TOWN = runs/duckietown-$(SIZE)-$(SEED)
 TOWN_TARGET = redraw/Duckietown$(VARIANT)-v0
 $(TOWN)/source/done: | .venv/duckietown
 	$(PY) draw_pretrain.py duckietown $(TOWN_STAGE1_$(SIZE)) $(STAGE1) --env-id deploy_duckiebot:redraw/Duckietown-v0 --seed $(SEED) --run-dir $(TOWN)/source --resume

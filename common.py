@@ -603,7 +603,8 @@ def load_draw(checkpoint, device):
 def load_policy(path, device="cpu"):
     """The policy of a checkpoint of train_policy.py, ready to act."""
     checkpoint = load_checkpoint(path, ("train_policy",), device)
-    return load_module(checkpoint, "policy", lambda: Policy(Sizes(**checkpoint["sizes"])), device)
+    policy = load_module(checkpoint, "policy", lambda: Policy(Sizes(**checkpoint["sizes"])), device)
+    return policy.to(memory_format=torch.channels_last)  # the faster one for a single image
 
 
 # ---- Runs: seeds, devices, logs ------------------------------------------------------------------
@@ -768,7 +769,7 @@ class Logger:
             if state:  # what was logged after the save comes again
                 os.truncate(self.dir / "metrics.csv", state["logged"])
             else:
-                for old in [*self.dir.glob("events.out.tfevents.*"), self.dir / "state.pt"]:
+                for old in [*self.dir.glob("events.out.tfevents.*"), *self.dir.glob("state*.pt")]:
                     old.unlink(missing_ok=True)
                 write_atomically(self.dir / "args.json", lambda file: file.write(json.dumps(settings(args), indent=1).encode()))
                 (self.dir / "metrics.csv").write_text("step,metric,value\n")

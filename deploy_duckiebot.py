@@ -2,7 +2,7 @@
 
     newest frame -> undistort -> L x L -> encoder, posterior, actor -> caps -> kinematics -> duties of the wheels, 10 times a second
 
-    python deploy_duckiebot.py --robot duckie.local --kinematics duckie.yaml --drive random --record target.npz --max-seconds 1000
+    python deploy_duckiebot.py --robot duckie.local --kinematics duckie.yaml --drive keyboard --image-size 32 --max-seconds 1000 --record target.npz
     python redraw_adapt.py ... --dataset target.npz        # then train_policy.py; see docs/duckiebot.md
     python deploy_duckiebot.py --robot duckie.local --kinematics duckie.yaml --checkpoint runs/policy/policy.pt
     python deploy_duckiebot.py --robot sim --checkpoint runs/policy/policy.pt --max-seconds 200
@@ -103,7 +103,7 @@ MAX_VELOCITY, MAX_YAW_RATE = 0.6, np.deg2rad(159.0)  # m/s and rad/s that `vecto
 LANE_HALF, PATH_SPEED = 0.07, 0.62  # m off the centre that still pay, and m/s that pays 1 (authors; their unit is not certain)
 CALIBRATION = {"gain": 1.0, "trim": 0.0, "baseline": 0.1, "radius": 0.0318, "k": 27.0, "limit": 1.0}  # daffy's defaults: -, -, m, m, rad/s, -
 WHEEL_RADIUS, TICKS = 0.0335, 135  # m, and encoder ticks a turn (daffy)
-FRESH = 0.003  # s from the arrival of a picture to the step that sees it, as far as the steps' clock can be shifted
+FRESH, FRAME = 0.006, 1 / 30  # s from the arrival of a picture to the step that sees it, which the steps' clock is shifted to; and between pictures
 STALE, FROZEN, UNACKNOWLEDGED, SILENT = 0.25, 0.25, 0.3, 0.3  # s until a stop: no frame, equal frames, no acknowledgement, hung loop
 STEP_BOUNDS, LAG_BOUND = (0.08, 0.12), 0.022  # s between two rows of a sequence, and between an image and its action (authors)
 
@@ -393,6 +393,9 @@ def watchdog(host, port, vehicle):
         if b"q" in data or not data:
             os._exit(0)
         armed = True
+        if not ros.is_connected:  # no second line any more: the closed pipe tells the driver
+            os.close(sys.stdin.fileno())
+            break
     sent, end = 0, time.monotonic() + 60
     while sent < 10 and time.monotonic() < end:
         if ros.is_connected:  # the flag alone does not stop the motors, the zeros do
@@ -519,8 +522,10 @@ class Duckiebot:
         if self.beat and now - self.beat > SILENT:  # by now the watchdog has stopped the robot
             raise Stop(f"a step took {now - self.beat:.2f} s")
         self.beat = now
-        with contextlib.suppress(BrokenPipeError):
+        try:
             self.watchdog.stdin.write(b"h")
+        except BrokenPipeError as e:
+            raise Stop("the watchdog lost its connection to the robot") from e
         self.send(self.wheels, {"vel_left": float(duties[0]), "vel_right": float(duties[1])})
 
     def arm(self, try_driver):
@@ -599,7 +604,7 @@ class Keys:
         """Keys without Enter from here on"""
         if self.fd is not None and os.isatty(self.fd):
             self.saved = termios.tcgetattr(self.fd)
-            tty.setcbreak(self.fd)
+            tty.setcbreak(self.fd, termios.TCSANOW)  # and no key that was pressed is lost
 
     def stop(self):
         if self.saved:
@@ -627,14 +632,20 @@ def open_joystick(path):
     axes = {0: 0.0, 1: 0.0}
 
     def action(*_):
-        with contextlib.suppress(BlockingIOError):
-            while len(event := os.read(fd, 8)) == 8:
-                _, value, kind, number = struct.unpack("IhBB", event)
-                if kind == 1 and value:
-                    raise Stop("a button of the joystick was pressed")
-                if kind & 2:  # an axis; kind & 128 marks the state at the start
-                    axes[number] = -value / 32767
-        return np.array([axes[1], axes[0]])
+        while True:
+            try:
+                event = os.read(fd, 8)
+            except BlockingIOError:  # that was all
+                return np.array([axes[1], axes[0]])
+            except OSError:
+                event = b""
+            if len(event) < 8:
+                raise Stop("the joystick is gone")
+            _, value, kind, number = struct.unpack("IhBB", event)
+            if kind == 1 and value:
+                raise Stop("a button of the joystick was pressed")
+            if kind & 2:  # an axis; kind & 128 marks the state at the start
+                axes[number] = -value / 32767
 
     return action
 
@@ -715,7 +726,11 @@ def write_rows(path, rows):
 
 
 def main(args):
-    check_range(args, 1e-9, 10**9, "max_seconds", "hold", "max_speed", "max_turn", "max_duty", "max_slew", "image_size")
+    check_range(args, 1e-9, 10**9, "max_seconds", "hold", "max_speed", "max_turn", "max_duty", "max_slew")
+    if args.image_size < 16 or args.image_size & (args.image_size - 1):
+        raise UserError(f"--image-size must be that of the world model, 16, 32, 64, ..., it is {args.image_size}")
+    if args.dry_run and args.robot == "sim":
+        raise UserError("--dry-run is for robots; the simulator has no motors to be armed")
     for path in filter(None, (args.record, args.export)):  # before the drive, not after it
         if Path(path).exists():
             raise UserError(f"{path} exists already; choose another name")
@@ -727,7 +742,7 @@ def main(args):
     if args.drive == "policy" or args.export:
         if args.checkpoint is None:
             raise UserError("give --checkpoint, a policy.pt of train_policy.py, or another --drive")
-        policy = load_policy(args.checkpoint).to(memory_format=torch.channels_last)  # the faster one on CPUs
+        policy = load_policy(args.checkpoint)
         if (policy.sizes.vector_size, policy.sizes.action_size) != (2, 2):
             raise UserError(f"{args.checkpoint} is for vector and action sizes {policy.sizes.vector_size} and {policy.sizes.action_size}; a Duckiebot has 2 and 2")
     if args.export:
@@ -747,7 +762,8 @@ def main(args):
     reason, fault, surprise = "--max-seconds are over", False, None
     try:
         robot.arm(driver)
-        gc.freeze()  # else a collection would look through all that PyTorch has made, for a tenth of a second
+        gc.collect()
+        gc.freeze()  # else collections would look through all that PyTorch has made, each for a tenth of a second
         keys.start()
         start = deadline = robot.now()
         while robot.now() - start < args.max_seconds - 1e-6:
@@ -770,8 +786,10 @@ def main(args):
                          "time_action": sent, "time_image": seen, "stamp_image": stamp} if args.record else {"time_action": sent})  # fmt: skip
             if len(rows) % int(HZ) == 1 and args.robot != "sim":
                 print(f"{len(rows) / HZ:5.0f} s  action {action[0]:+.2f} {action[1]:+.2f}  duties {duties[0]:+.2f} {duties[1]:+.2f}  speed {v:.2f} m/s")
-            # Shifted by at most 1 ms, so that steps come to lie FRESH after a picture's arrival, not 33 ms.
-            deadline += 1 / HZ + np.clip(0.1 * (FRESH - robot.age), -0.001, 0.001)
+            # Shifted by at most 1 ms, so that steps come to lie FRESH after a picture's arrival, not 33 ms. One that is nearly that old is
+            # not to be brought back to: the next one is late, and to be waited for.
+            late = FRESH - robot.age if robot.age < FRESH + FRAME / 2 else FRESH + FRAME - robot.age
+            deadline += 1 / HZ + np.clip(0.1 * late, -0.001, 0.001)
             if robot.now() > deadline:  # too late for the next step: it begins now, and none is made up for
                 overruns, deadline = overruns + 1, robot.now()
             robot.wait(deadline)
@@ -782,12 +800,15 @@ def main(args):
     finally:  # whatever happened: first the robot stands, then all else
         for number in handlers:
             signal.signal(number, signal.SIG_IGN)
-        robot.stop(fault)
-        keys.stop()
-        if args.record and rows:
-            write_rows(args.record, rows)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        try:
+            robot.stop(fault)
+        finally:
+            keys.stop()
+            gc.unfreeze()
+            if args.record and rows:
+                write_rows(args.record, rows)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     if surprise:
         raise surprise
     print(f"stopped: {reason}")

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from common import (ARRAYS, DRAW, Actor, Critic, DivergenceCheck, Interrupt, Logger, Policy, Sizes, UserError, check_range, explained, held_noise,
                     kl_categorical, load_checkpoint, load_state, make_envs, mix, mlp, pick_device, read_npz, restore, sample_onehot, save_checkpoint, save_dataset, save_state,
-                    seed_everything, softmax, symlog, to_device, twohot_log_prob, twohot_mean, unimix)  # fmt: skip
+                    seed_everything, softmax, symlog, to_device, twohot_log_prob, twohot_mean, unimix, write_atomically)  # fmt: skip
 
 
 @dataclass
@@ -215,7 +215,7 @@ def reconstruction_errors(draw, z, image, vector):
 
 def augment(image, strength):
     """Random changes of looks, other ones for each image: what differs between a simulator's camera and a real one's. The world model sees the
-    changed image and reconstructs the clean one, so that its latent leaves them out. A list like the authors', as plain tensor operations.
+    changed image and reconstructs the clean one, so that its latent leaves them out. A list like the authors', but for superpixels and dropped channels, as plain tensor operations.
 
     Args:
         image: uint8 (..., L, L, 3).   strength: 0 changes nothing, 1 is the most.
@@ -552,11 +552,17 @@ def main(args):
     with explained(f"--replay-size {args.replay_size}, --image-size or the networks' sizes are too large for the memory"):
         draw, replay = DRAW(sizes).to(device), Replay(args.replay_size, args.n_envs, sizes, device)
     saved = load_state(run_dir, typed, device)
-    if world > 1:  # killed between their writes, some have saved once more than the others: these go on from the save before
+    if saved and saved["world"] != world:
+        raise UserError(f"--resume: the run was started with {saved['world']} processes, now there are {world}")
+    if world > 1:  # killed between their writes, some have saved once more than the others: these take that save back
+        state, before = run_dir / "state.pt", run_dir / "state-before.pt"
         step = int(of_all_processes(torch.tensor([saved["step"] if saved else 0], device=device)).min())
-        if saved and saved["step"] > step:
-            before = run_dir / "state-before.pt"
-            saved = load_checkpoint(before, ("state",), device) if before.exists() else saved
+        if saved and saved["step"] > step == 0:
+            state.unlink()
+            saved = None
+        elif saved and saved["step"] > step and before.exists():
+            os.replace(before, state)
+            saved = load_checkpoint(state, ("state",), device)
         if len(set(of_all_processes(torch.tensor([saved["step"] if saved else 0], device=device)).tolist())) > 1:
             raise UserError("--resume: the processes' last saves are of different steps; start anew with --overwrite")
     logger = Logger(run_dir, typed, saved)
@@ -594,10 +600,8 @@ def main(args):
         divergence.look()
         interrupt.waits = True
         files = replay.save(run_dir / "replay")  # first the rows, then the state that counts on them, then what nobody needs any more
-        state = run_dir / "state.pt"
         if world > 1 and state.exists():  # kept, until all processes have written the new one
-            state.with_name("state-before.pt").unlink(missing_ok=True)
-            os.link(state, state.with_name("state-before.pt"))
+            write_atomically(before, lambda file: file.write(state.read_bytes()))
         save_state(logger, modules, world=world, step=step, update=updates, purge_step=updates + 1, finished=finished, policy_metrics=policy_metrics,
                    action=torch.from_numpy(action), replay_files=files, replay_added=replay.added)  # fmt: skip
         if world > 1:
@@ -617,8 +621,6 @@ def main(args):
     action = np.zeros((args.n_envs, sizes.action_size), np.float32)
     collectors = np.full(args.n_envs, RANDOM)  # per environment, drawn anew for each episode
     if saved:
-        if saved["world"] != world:
-            raise UserError(f"--resume: the run was started with {saved['world']} processes, now there are {world}")
         replay.load(run_dir / "replay", saved["replay_files"], saved["replay_added"])
         updates, begin, finished, policy_metrics = (saved[k] for k in ("update", "step", "finished", "policy_metrics"))
         action = saved["action"].cpu().numpy()
@@ -718,6 +720,7 @@ def main(args):
             new_episodes = True
             interrupt.waits = world == 1
             if interrupt.asked:
+                logger.close()
                 interrupt.stop(f"saved after {step + args.n_envs} steps")
     bar.close()
     envs.close()

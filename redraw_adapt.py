@@ -438,6 +438,7 @@ def main(args):
             check.look()
             save_state(logger, modules, update=update, purge_step=update, best=best)
             if interrupt.asked:
+                logger.close()
                 interrupt.stop(f"saved after {update} updates")
         if update % args.log_every == 0 or update == args.updates:
             kl = {part: mean_kl(part) for part in rows}

@@ -303,6 +303,7 @@ def main(args):
             check.look()
             save_state(logger, modules, update=update, purge_step=update + 1, most=most, range_ema=range_ema)
             if interrupt.asked:
+                logger.close()
                 interrupt.stop(f"saved after {update} updates")
 
     interrupt.waits = False

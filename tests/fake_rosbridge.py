@@ -39,13 +39,14 @@ JPEGS, SMALL = jpegs(640, 480), jpegs(320, 240)
 
 
 class FakeRobot:
-    """with FakeRobot() as robot: robot.port. All times are time.monotonic().
+    """with FakeRobot() as robot: robot.port. All times are time.monotonic(). pictures: JPEGs of 640x480 in base64, shown again and again.
 
     fault: set of "no frames", "frozen frames", "late frames", "corrupt frames", "small frames", "garbage", "no acknowledgements",
     "no ticks", "refuse". `when(n, action)` calls action once, after the n-th command that moves; its time is `fault_time`.
     """
 
-    def __init__(self):
+    def __init__(self, pictures=JPEGS):
+        self.pictures = pictures
         self.commands, self.stops, self.advertised, self.errors = [], [], {}, []  # (time, left, right, client), (time, data, client)
         self.fault, self.fault_time, self.plan = set(), None, None
         self.motors, self.flag, self.turned, self.clients = (0.0, 0.0), False, {"left": 0.0, "right": 0.0}, {}
@@ -160,8 +161,8 @@ class FakeRobot:
                     await self.send(text, CAMERA)
                 await self.publish(CAMERA, {"header": None, "data": 7})
             elif "no frames" not in self.fault:
-                last = last if "frozen frames" in self.fault else (last + 1) % len(JPEGS)
-                data = (SMALL if "small frames" in self.fault else JPEGS)[last]
+                last = last if "frozen frames" in self.fault else (last + 1) % len(self.pictures)
+                data = SMALL[last % len(SMALL)] if "small frames" in self.fault else self.pictures[last]
                 data = f"{k:04d}" + data[4:200] if "corrupt frames" in self.fault else data
                 await self.publish(CAMERA, {"header": self.header(), "format": "jpeg", "data": data})
             for side, duty in zip(ENCODERS, self.motors):

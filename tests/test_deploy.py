@@ -2,9 +2,11 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +182,7 @@ def test_mistakes_before_the_motors_are_armed(robot, drive, tmp_path):
         ({"kinematics": None}, "--kinematics"), ({"kinematics": str(tmp_path / "none.yaml")}, "none.yaml"), ({"kinematics": str(bad)}, "baseline"),
         ({"kinematics": str(bent)}, "above 0"), ({"camera": str(tmp_path / "none.yaml")}, "none.yaml"), ({"camera": str(not_camera)}, "640x480"),
         ({"camera": str(bad)}, "camera_matrix"), ({"port": 1}, "rosbridge"), ({"vehicle": "other"}, "--vehicle"), ({"drive": "expert"}, "sim"),
-        ({"drive": "joystick", "joystick": str(tmp_path / "js")}, "joystick"), ({"max_speed": -1.0}, "max-speed"),
+        ({"drive": "joystick", "joystick": str(tmp_path / "js")}, "joystick"), ({"max_speed": -1.0}, "max-speed"), ({"image_size": 48}, "--image-size"), ({"robot": "sim", "dry_run": True}, "--dry-run"),
     ):  # fmt: skip
         error = drive(Script(), typed="", **flags)
         assert isinstance(error, SystemExit) and words in str(error) and "\n" not in str(error), (flags, error)
@@ -211,6 +213,14 @@ def test_broken_connection_of_the_driver(robot, drive):
     assert "connection" in str(error)
     zeros = check_stopped(robot)
     assert {c[3] for c in zeros} == {1}  # the watchdog's connection, which came second
+
+
+def test_broken_connection_of_the_watchdog(robot, drive):
+    """Without its second line the driver does not go on."""
+    robot.when(10, lambda: robot.disconnect([1]))
+    error = drive(Script())
+    assert "watchdog" in str(error)
+    check_stopped(robot)
 
 
 def test_broken_network_stops_when_it_returns_and_does_not_drive_on(robot, drive):
@@ -279,6 +289,24 @@ def test_keyboard_steers_and_other_keys_stop(robot, drive):
     check_stopped(robot)
     left = [c for c in robot.moving() if c[2] > c[1] + 0.05]
     assert 1 <= len(left) < len(robot.moving())
+
+
+def joystick_event(kind, number, value):
+    return struct.pack("IhBB", 0, value, kind, number)
+
+
+@pytest.mark.parametrize("end", ["button", "plug"])
+def test_joystick_steers_and_its_button_or_plug_stops(robot, drive, tmp_path, end):
+    os.mkfifo(tmp_path / "js")
+    reader = os.open(tmp_path / "js", os.O_RDONLY | os.O_NONBLOCK)  # a pipe can't be written to before somebody reads
+    stick = os.open(tmp_path / "js", os.O_WRONLY)
+    os.write(stick, joystick_event(2 | 128, 1, -16384) + joystick_event(2, 0, -8192))  # half forwards, a quarter to the left
+    robot.when(10, lambda: os.write(stick, joystick_event(1, 3, 1)) if end == "button" else os.close(stick))
+    error = drive(drive="joystick", joystick=str(tmp_path / "js"), checkpoint=None)
+    os.close(reader)
+    assert ("button" if end == "button" else "joystick is gone") in str(error)
+    check_stopped(robot)
+    assert robot.moving()[5][1:3] == pytest.approx(((0.125 - 0.1) / (0.0318 * 27), (0.125 + 0.1) / (0.0318 * 27)), rel=1e-3)
 
 
 def test_death_of_the_watchdog_stops_the_driver(robot, drive, monkeypatch):
@@ -435,6 +463,19 @@ def test_undistortion_makes_a_pinhole_camera():
     cv2.circle(picture, (round(320 + 307.976 * angle), 240), 4, 255, -1)
     y, x = np.nonzero(cv2.remap(picture, *deploy.undistortion(None), cv2.INTER_LINEAR) > 128)
     assert (x.mean(), y.mean()) == pytest.approx((320 + 307.976 * np.tan(angle), 240), abs=1)
+
+
+def test_picture_has_its_colours_and_sides():
+    import base64
+
+    import cv2
+
+    image = np.zeros((480, 640, 3), np.uint8)  # red, green, blue
+    image[:, :320, 0], image[:, 320:, 2], image[240:, :, 1] = 200, 200, 100  # red on the left, blue on the right, greener below
+    data = base64.b64encode(cv2.imencode(".jpg", image[..., ::-1])[1].tobytes()).decode()
+    seen = deploy.Duckiebot.picture(types.SimpleNamespace(maps=deploy.undistortion(None), image_size=16), data)
+    quarters = seen[[2, 2, 13, 13], [2, 13, 2, 13]]  # two above, two below
+    assert np.allclose(quarters, [(200, 0, 0), (0, 0, 200), (200, 100, 0), (0, 100, 200)], atol=12), quarters
 
 
 def test_camera_calibration_file(tmp_path):

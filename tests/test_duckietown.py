@@ -1,9 +1,11 @@
 """The Duckietown task, in the real simulator. It can't render in one process with dm_control, so these tests have a process of their own:
 this file runs itself under pytest and reports what that found."""
 
+import base64
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +23,16 @@ if not CHILD:
         assert "passed" in done.stdout and "skipped" not in done.stdout
 
 else:
+    import cv2
     import gymnasium as gym
+    from fake_rosbridge import FakeRobot
     from helpers import user_error
 
     import deploy_duckiebot as deploy
     import draw_pretrain
     import redraw_adapt
     import train_policy
-    from common import load_dataset, load_policy, make_envs
+    from common import Policy, Sizes, load_dataset, load_policy, make_envs, save_checkpoint
     from test_pipeline import ADAPT, POLICY, PRETRAIN, call
 
     SOURCE, REVERSED, MISCALIBRATED = (f"redraw/Duckietown{name}-v0" for name in ("", "Reversed", "Miscalibrated"))
@@ -185,6 +189,32 @@ else:
         deploy.main(deploy.Args(drive="random", max_seconds=60.0, record=str(tmp_path / "out.npz"), image_size=16))
         starts = load_dataset(tmp_path / "out.npz")["is_first"].nonzero()[0]
         assert len(starts) > 4 and {0, 200, 400} <= set(starts) and (np.diff(starts) >= 10).all()
+
+    def test_robot_that_sees_the_simulator(tmp_path, monkeypatch):
+        """The robot's loop over rosbridge, with fisheye pictures that the simulator drew, and a policy of the right sizes"""
+        env, pictures = gym.make(SOURCE, distortion=True), []
+        env.reset(seed=0)
+        for _ in range(12):
+            env.step(np.array([1.0, 0.1]))
+            picture = cv2.imencode(".jpg", env.unwrapped.sim.render_obs()[..., ::-1])[1]
+            pictures.append(base64.b64encode(picture.tobytes()).decode())
+        policy = Policy(Sizes(image_size=16, vector_size=2, action_size=2, S=2, K=2, cnn_depth=2, vector_units=4, vector_layers=1, units=4, actor_units=4))
+        save_checkpoint(tmp_path / "policy.pt", stage="train_policy", args={}, sizes=vars(policy.sizes), policy=policy.state_dict())
+        read, write = os.pipe()
+        monkeypatch.setattr(sys, "stdin", os.fdopen(read))
+        os.write(write, b"arm\n")
+        out = str(tmp_path / "out.npz")
+        with FakeRobot(pictures) as robot:
+            deploy.main(deploy.Args(robot="127.0.0.1", vehicle="duckie", port=robot.port, kinematics="default", checkpoint=str(tmp_path / "policy.pt"),
+                                    max_seconds=3.0, record=out))  # fmt: skip
+            assert robot.moving() and robot.motors == (0, 0)
+        maps = types.SimpleNamespace(maps=deploy.undistortion(None), image_size=16)
+        expected = np.array([deploy.Duckiebot.picture(maps, data) for data in pictures])
+        seen = load_dataset(out, 16, 2, 2)["image"]
+        numbers = [np.flatnonzero((expected == image).all((1, 2, 3))) for image in seen]
+        assert len(seen) >= 25 and all(len(n) for n in numbers) and len({n[0] for n in numbers}) > 5
+        sky, road = seen[:, :3].mean((0, 1, 2)), seen[:, 12:].mean((0, 1, 2))
+        assert sky[2] > sky[0] + 50 and abs(road[2] - road[0]) < 40  # a blue sky above, a grey road below
 
     def test_simulator_in_real_time(capsys):
         deploy.main(deploy.Args(drive="expert", max_seconds=2.0, realtime=True))
