@@ -1,7 +1,7 @@
 # make demo   the whole pipeline on one source/target pair (PAIR=pendulum, reacher, cup or finger)
 # make test   the tests, without those of the Duckiebot: make test-duckiebot
 # make bench  how fast each stage is on this machine; BENCH=--real times a whole laptop run too
-# make duckietown           the whole chain on the Duckiebot simulator, small; SIZE=full: with the presets, which takes hours
+# make duckietown           the whole chain on the Duckiebot simulator, small; SIZE=full: with the presets, an hour and a half
 # make duckietown-install   only that simulator
 # All create .venv and install what they need into it.
 
@@ -132,7 +132,7 @@ VARIANT ?= Reversed
 ifneq ($(words $(filter $(SIZE),small full) $(filter $(VARIANT),Reversed Miscalibrated)),2)
 $(error SIZE must be small or full, not '$(SIZE)', VARIANT Reversed or Miscalibrated, not '$(VARIANT)')
 endif
-TOWN_STAGE1_small = --steps 24000 --train-every 4
+TOWN_STAGE1_small = --steps 14000 --prefill 4000 --save-every 4000
 TOWN_STAGE2_small = --updates 1000
 TOWN_STAGE3_small = --updates 1000
 TOWN = runs/duckietown-$(SIZE)-$(SEED)

@@ -120,11 +120,11 @@ PRESETS = {
         ),
     ),
     "duckietown": (
-        "a quarter of an hour on one CPU core: lane following, 32x32 images with random changes, dense reward",
+        "an hour on one CPU core: lane following, 32x32 images with random changes, dense reward",
         Args(
-            env_id="deploy_duckiebot:redraw/Duckietown-v0", save_every=4_000, steps=28_000, episode_steps=30, image_size=32, augment=0.5,
+            env_id="deploy_duckiebot:redraw/Duckietown-v0", save_every=12_000, steps=72_000, episode_steps=30, image_size=32, augment=0.5,
             collect="mixed", prefill=12_000, hold=5.0, replay_size=200_000, S=64, K=4, cnn_depth=8, vector_units=128, vector_layers=2, units=256,
-            actor_units=128, batch=32, length=8, train_every=4.0, lr=3e-3, warmup=100, decay=True, image_scale=50.0, vector_scale=5000.0,
+            actor_units=128, batch=32, length=8, train_every=5.0, lr=3e-3, warmup=100, decay=True, image_scale=50.0, vector_scale=5000.0,
             reward_scale=100.0, soft_updates=300, policy_start=500, policy_every=2, explore_every=10, horizon=15, gamma=0.95, starts=128,
             actor_lr=5e-4, return_floor=0.1, ensemble=3, ensemble_target=64,
         ),
