@@ -1,5 +1,5 @@
 # make demo   the whole pipeline on one source/target pair (PAIR=pendulum, reacher, cup or finger)
-# make test   the tests, without those of the Duckiebot: make test-duckiebot
+# make test   the tests, without those that drive a Duckiebot: make test-duckiebot
 # make bench  how fast each stage is on this machine; BENCH=--real times a whole laptop run too
 # make duckietown           the whole chain on the Duckiebot simulator, small; SIZE=full: with the presets, an hour and a half
 # make duckietown-install   only that simulator
@@ -57,7 +57,7 @@ egl:
 	@touch $@
 
 test: .venv/installed
-	$(PY) -m pytest tests -q --ignore tests/test_deploy.py --ignore tests/test_duckietown.py
+	$(PY) -m pytest tests -q -m "not timing" --ignore tests/test_duckietown.py
 
 # On a machine with nothing else to do.
 bench: .venv/installed

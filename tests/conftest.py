@@ -25,7 +25,13 @@ def seed():
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "timing: depends on the clock; run again, at most twice, if it failed while the machine stood still")
+    config.addinivalue_line("markers", "timing: drives the robot of fake_rosbridge.py, so it depends on the clock; run again, at most twice, if it failed while the machine stood still")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "robot" in item.fixturenames:
+            item.add_marker("timing")
 
 
 @pytest.hookimpl(tryfirst=True)

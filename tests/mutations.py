@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMON, STAGE_1, STAGE_2, STAGE_3 = "common.py", "draw_pretrain.py", "redraw_adapt.py", "train_policy.py"
+COMMON, STAGE_1, STAGE_2, STAGE_3, DEPLOY = "common.py", "draw_pretrain.py", "redraw_adapt.py", "train_policy.py", "deploy_duckiebot.py"
 
 DISTRIBUTIONS = "test_oracles.py -k unimix or symlog or twohot or samples or actor"
 BELIEF = "test_oracles.py -k belief"
@@ -28,6 +28,7 @@ ROWS = "test_alignment.py"
 GRADIENTS = "test_gradients.py"
 LOOKS = "test_augment.py -k clean_one or identity"
 ENVIRONMENTS = "test_environments.py -k last_of_two_frames"
+DRIVE = "test_deploy.py -k kinematics_with or colours or split"
 SPEED, TORCHRUN = "test_speed.py -k two_processes or noticed or bfloat16_is", "test_speed.py -k torchrun"
 
 # name, file, what stands there (once), the mistake, the tests
@@ -129,6 +130,10 @@ MUTATIONS = [
     ("scale of one's own returns alone", STAGE_1, "of_all_processes(returns.detach())", "returns.detach()", SPEED),
     ("a save that one process alone finished counts", STAGE_1, 'if saved and saved["step"] > step:', "if False:", TORCHRUN),
     ("a diverged step is taken on CUDA", COMMON, "self.diverged.copy_(torch.maximum(self.diverged, (~finite).float()))", "pass", SPEED),
+    # the drive
+    ("trim on the wrong wheel", DEPLOY, '(c["gain"] - c["trim"]) * (v - half)', '(c["gain"] + c["trim"]) * (v - half)', DRIVE),
+    ("red and blue swapped", DEPLOY, "interpolation=cv2.INTER_AREA)[..., ::-1].copy()", "interpolation=cv2.INTER_AREA).copy()", DRIVE),
+    ("late rows are kept", DEPLOY, " | late[1:] | late[:-1]", "", DRIVE),
     ("losses in bfloat16", COMMON, "return super().forward(x).float()", "return super().forward(x)", SPEED),
 ]  # fmt: skip
 

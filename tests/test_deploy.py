@@ -19,7 +19,6 @@ import deploy_duckiebot as deploy
 from common import Policy, Sizes, UserError, load_dataset, load_policy, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.timing
 SIZES = Sizes(**{**vars(TINY), "action_size": 2})
 
 
