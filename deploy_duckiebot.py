@@ -103,7 +103,7 @@ MAX_VELOCITY, MAX_YAW_RATE = 0.6, np.deg2rad(159.0)  # m/s and rad/s that `vecto
 LANE_HALF, PATH_SPEED = 0.07, 0.62  # m off the centre that still pay, and m/s that pays 1 (authors; their unit is not certain)
 CALIBRATION = {"gain": 1.0, "trim": 0.0, "baseline": 0.1, "radius": 0.0318, "k": 27.0, "limit": 1.0}  # daffy's defaults: -, -, m, m, rad/s, -
 WHEEL_RADIUS, TICKS = 0.0335, 135  # m, and encoder ticks a turn (daffy)
-FRESH, FRAME = 0.006, 1 / 30  # s from the arrival of a picture to the step that sees it, which the steps' clock is shifted to; and between pictures
+FRESH, FRAME = 0.005, 1 / 30  # s from a picture's being ready to the step that sees it, which the steps' clock is shifted to; and between pictures
 STALE, FROZEN, UNACKNOWLEDGED, SILENT = 0.25, 0.25, 0.3, 0.3  # s until a stop: no frame, equal frames, no acknowledgement, hung loop
 STEP_BOUNDS, LAG_BOUND = (0.08, 0.12), 0.022  # s between two rows of a sequence, and between an image and its action (authors)
 
@@ -408,7 +408,7 @@ def watchdog(host, port, vehicle):
 
 
 class Duckiebot:
-    """A daffy Duckiebot over rosbridge. Callbacks run in the network's thread and only store what came, with the LOCAL time of receipt:
+    """A daffy Duckiebot over rosbridge. Callbacks run in the network's thread and only decode and store what came, with the LOCAL time of receipt:
     the robot's clock is another one. `observe` judges it in the driver's thread.
 
     Raises UserError before arming, Stop after it.
@@ -422,7 +422,7 @@ class Duckiebot:
         self.vehicle = args.vehicle or args.robot.split(".")[0]
         self.kinematics, self.maps = read_kinematics(args.kinematics), undistortion(args.camera)
         self.now, self.lost, self.watchdog = time.monotonic, False, None
-        self.frame, self.changed, self.acknowledged, self.kinematic = None, 0.0, None, None
+        self.frame, self.shown, self.changed, self.acknowledged, self.kinematic = None, None, 0.0, None, None
         self.ticks = {"left": deque(maxlen=64), "right": deque(maxlen=64)}  # (received, stamp, ticks)
         self.beat = self.first_command = None
         self.ros = roslibpy.Ros(args.robot, args.port, transport="asyncio")
@@ -454,10 +454,10 @@ class Duckiebot:
         return t["secs"] + 1e-9 * t["nsecs"]
 
     def on_image(self, message):
-        data, now = message["data"], time.monotonic()
-        if self.frame is None or data != self.frame[2]:  # a camera's noise makes every frame another one
-            self.changed = now
-        self.frame = (now, self.stamp(message), data)
+        now, stamp, data = time.monotonic(), self.stamp(message), message["data"]
+        if data != self.shown:  # a camera's noise makes every frame another one
+            self.shown, self.changed = data, now
+        self.frame = (now, stamp, self.picture(data), time.monotonic())  # made ready here, so that a step finds it done
 
     def on_velocity(self, message):
         self.kinematic = (float(message["v"]), float(message["omega"]), time.monotonic())
@@ -480,13 +480,13 @@ class Duckiebot:
         return (speed["right"] + speed["left"]) / 2, (speed["right"] - speed["left"]) / self.kinematics["baseline"], received
 
     def picture(self, data):
-        """base64 of a JPEG -> undistorted RGB uint8 (L, L, 3)"""
+        """base64 of a JPEG -> undistorted RGB uint8 (L, L, 3), or None if it is no JPEG of 640x480"""
         try:
             image = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)
         except (ValueError, TypeError, cv2.error):
-            image = None
+            return None
         if image is None or image.shape != (480, 640, 3):
-            raise Stop("the camera sent something that is no JPEG of 640x480")
+            return None
         image = cv2.remap(image, *self.maps, cv2.INTER_LINEAR)
         return cv2.resize(image, (self.image_size, self.image_size), interpolation=cv2.INTER_AREA)[..., ::-1].copy()
 
@@ -499,13 +499,15 @@ class Duckiebot:
             raise Stop(f"no camera frame for {STALE} s")
         if now - self.changed > FROZEN:
             raise Stop(f"the camera's picture has not changed for {FROZEN} s")
+        if frame[2] is None:
+            raise Stop("the camera sent something that is no JPEG of 640x480")
         first = self.first_command or now  # what only follows commands can't be late before the first one
         if velocity is None or now - max(velocity[2], first) > STALE:
             raise Stop(f"no velocity from the {self.args.velocity} for {STALE} s")
         if not self.dry_run and now - max(self.acknowledged or 0.0, first) > UNACKNOWLEDGED:
             raise Stop(f"no acknowledgement (wheels_cmd_executed) for {UNACKNOWLEDGED} s")
-        self.age = now - frame[0]
-        return self.picture(frame[2]), velocity[0], velocity[1], frame[0], frame[1], False
+        self.age = now - frame[3]
+        return frame[2], velocity[0], velocity[1], frame[0], frame[1], False
 
     def send(self, topic, message):
         if self.ros.is_connected and not self.dry_run:  # never queued: roslibpy would send it when the connection returns
@@ -761,9 +763,9 @@ def main(args):
     rows, compute, lags, overruns, distance, duties = [], [], [], 0, 0.0, np.zeros(2)
     reason, fault, surprise = "--max-seconds are over", False, None
     try:
-        robot.arm(driver)
         gc.collect()
         gc.freeze()  # else collections would look through all that PyTorch has made, each for a tenth of a second
+        robot.arm(driver)
         keys.start()
         start = deadline = robot.now()
         while robot.now() - start < args.max_seconds - 1e-6:
@@ -786,7 +788,7 @@ def main(args):
                          "time_action": sent, "time_image": seen, "stamp_image": stamp} if args.record else {"time_action": sent})  # fmt: skip
             if len(rows) % int(HZ) == 1 and args.robot != "sim":
                 print(f"{len(rows) / HZ:5.0f} s  action {action[0]:+.2f} {action[1]:+.2f}  duties {duties[0]:+.2f} {duties[1]:+.2f}  speed {v:.2f} m/s")
-            # Shifted by at most 1 ms, so that steps come to lie FRESH after a picture's arrival, not 33 ms. One that is nearly that old is
+            # Shifted by at most 1 ms, so that steps come to lie FRESH after a picture, not 33 ms. One that is nearly that old is
             # not to be brought back to: the next one is late, and to be waited for.
             late = FRESH - robot.age if robot.age < FRESH + FRAME / 2 else FRESH + FRAME - robot.age
             deadline += 1 / HZ + np.clip(0.1 * late, -0.001, 0.001)

@@ -190,6 +190,7 @@ else:
         starts = load_dataset(tmp_path / "out.npz")["is_first"].nonzero()[0]
         assert len(starts) > 4 and {0, 200, 400} <= set(starts) and (np.diff(starts) >= 10).all()
 
+    @pytest.mark.timing
     def test_robot_that_sees_the_simulator(tmp_path, monkeypatch):
         """The robot's loop over rosbridge, with fisheye pictures that the simulator drew, and a policy of the right sizes"""
         env, pictures = gym.make(SOURCE, distortion=True), []
