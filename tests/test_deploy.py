@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_rosbridge import FakeRobot
+from fake_rosbridge import JPEGS, FakeRobot
 from helpers import TINY, user_error
 
 import deploy_duckiebot as deploy
@@ -460,8 +460,9 @@ def test_undistortion_makes_a_pinhole_camera():
     angle = np.deg2rad(30)  # a ray 30 degrees to the right of the axis: the fisheye has it at f angle, the pinhole at f tan(angle)
     picture = np.zeros((480, 640), np.uint8)
     cv2.circle(picture, (round(320 + 307.976 * angle), 240), 4, 255, -1)
+    picture = cv2.resize(picture, (320, 240), interpolation=cv2.INTER_AREA)
     y, x = np.nonzero(cv2.remap(picture, *deploy.undistortion(None), cv2.INTER_LINEAR) > 128)
-    assert (x.mean(), y.mean()) == pytest.approx((320 + 307.976 * np.tan(angle), 240), abs=1)
+    assert (x.mean(), y.mean()) == pytest.approx((160 + 307.976 * np.tan(angle) / 2, 120), abs=0.5)
 
 
 def test_picture_has_its_colours_and_sides():
@@ -477,6 +478,19 @@ def test_picture_has_its_colours_and_sides():
     assert np.allclose(quarters, [(200, 0, 0), (0, 0, 200), (200, 100, 0), (0, 100, 200)], atol=12), quarters
 
 
+def test_picture_at_half_the_size_is_that_at_the_whole():
+    import base64
+
+    import cv2
+
+    K = np.array([[307.976, 0, 320], [0, 307.889, 240], [0, 0, 1]])
+    maps = cv2.fisheye.initUndistortRectifyMap(K, np.zeros(4), np.eye(3), K, (640, 480), cv2.CV_32FC1)
+    whole = cv2.remap(cv2.imdecode(np.frombuffer(base64.b64decode(JPEGS[0]), np.uint8), cv2.IMREAD_COLOR), *maps, cv2.INTER_LINEAR)
+    whole = cv2.resize(whole, (64, 64), interpolation=cv2.INTER_AREA)[..., ::-1].astype(int)
+    seen = deploy.Duckiebot.picture(types.SimpleNamespace(maps=deploy.undistortion(None), image_size=64), JPEGS[0])
+    assert np.abs(seen - whole).mean() < 1 < np.abs(seen - np.roll(whole, 1, 1)).mean()  # levels of 255; and by a pixel beside it
+
+
 def test_camera_calibration_file(tmp_path):
     text = """image_width: 640\nimage_height: 480\ncamera_name: duckie\ndistortion_model: {}
 camera_matrix: {{rows: 3, cols: 3, data: [307.976, 0, 320, 0, 307.889, 240, 0, 0, 1]}}
@@ -485,9 +499,9 @@ distortion_coefficients: {{rows: 1, cols: 5, data: {}}}\n"""
     (tmp_path / "barrel.yaml").write_text(text.format("plumb_bob", "[-0.2, 0, 0, 0, 0]"))
     (tmp_path / "fisheye.yaml").write_text(text.format("equidistant", "[0, 0, 0, 0]"))
     straight, barrel, fisheye = (deploy.undistortion(tmp_path / f"{n}.yaml")[0] for n in ("straight", "barrel", "fisheye"))
-    x, y = np.meshgrid(np.arange(640), np.arange(480))
+    x, y = np.meshgrid(np.arange(320), np.arange(240))
     assert np.abs(straight - np.stack([x, y], -1)).max() <= 1
-    assert barrel[240, 600, 0] == pytest.approx(320 + 280 * (1 - 0.2 * (280 / 307.976) ** 2), abs=2)
+    assert barrel[120, 300, 0] == pytest.approx(160 + 140 * (1 - 0.2 * (280 / 307.976) ** 2), abs=1)
     assert np.array_equal(fisheye, deploy.undistortion(None)[0])
 
 
