@@ -104,6 +104,7 @@ LANE_HALF, PATH_SPEED = 0.07, 0.62  # m off the centre that still pay, and m/s t
 CALIBRATION = {"gain": 1.0, "trim": 0.0, "baseline": 0.1, "radius": 0.0318, "k": 27.0, "limit": 1.0}  # daffy's defaults: -, -, m, m, rad/s, -
 WHEEL_RADIUS, TICKS = 0.0335, 135  # m, and encoder ticks a turn (daffy)
 FRESH, FRAME = 0.005, 1 / 30  # s from a picture's being ready to the step that sees it, which the steps' clock is shifted to; and between pictures
+HOLD = 0.01  # s from a step's begin to its command: the same delay whether a person drives, while recording, or a network that takes its time
 STALE, FROZEN, UNACKNOWLEDGED, SILENT = 0.25, 0.25, 0.3, 0.3  # s until a stop: no frame, equal frames, no acknowledgement, hung loop
 STEP_BOUNDS, LAG_BOUND = (0.08, 0.12), 0.022  # s between two rows of a sequence, and between an image and its action (authors)
 
@@ -317,7 +318,7 @@ class SimulatedRobot:
 
     def __init__(self, args, image_size, keys):
         self.env = gym.make(args.env_id, image_size=image_size)
-        self.keys, self.kinematics, self.duties, self.age = keys, CALIBRATION, np.zeros(2), FRESH
+        self.keys, self.kinematics, self.duties, self.age, self.decoding = keys, CALIBRATION, np.zeros(2), FRESH, 0.0
         self.simulated = None if args.realtime or args.drive in ("keyboard", "joystick") else 0.0
         self.rewards, self.offsets, self.turned, self.is_first = [], [], 0.0, True
         self.put_back = args.record and args.drive == "random"
@@ -508,7 +509,7 @@ class Duckiebot:
             raise Stop(f"no velocity from the {self.args.velocity} for {STALE} s")
         if not self.dry_run and now - max(self.acknowledged or 0.0, first) > UNACKNOWLEDGED:
             raise Stop(f"no acknowledgement (wheels_cmd_executed) for {UNACKNOWLEDGED} s")
-        self.age = now - frame[3]
+        self.begun, self.age, self.decoding = now, now - frame[3], frame[3] - frame[0]
         return frame[2], velocity[0], velocity[1], frame[0], frame[1], False
 
     def send(self, topic, message):
@@ -516,7 +517,8 @@ class Duckiebot:
             topic.publish({"header": {"seq": 0, "stamp": {"secs": 0, "nsecs": 0}, "frame_id": ""}, **message})
 
     def command(self, duties):
-        """duties (left, right) in [-1, 1], and a heartbeat to the watchdog"""
+        """duties (left, right) in [-1, 1], HOLD after the step began, and a heartbeat to the watchdog"""
+        time.sleep(max(0.0, self.begun + HOLD - time.monotonic()))
         now = time.monotonic()
         self.first_command = self.first_command or now
         if self.dry_run:
@@ -780,9 +782,9 @@ def main(args):
             wanted = np.clip(action * [SPEED, TURN], [-args.max_speed, -args.max_turn], [args.max_speed, args.max_turn])
             wanted = wheel_duties(*wanted, robot.kinematics).clip(-args.max_duty, args.max_duty)
             duties = duties + np.clip(wanted - duties, -args.max_slew, args.max_slew)
+            compute.append(robot.decoding + time.monotonic() - tick)
             robot.command(duties)
             sent = robot.now()
-            compute.append(time.monotonic() - tick)
             lags.append(sent - seen)
             distance += abs(v) / HZ
             # The action that was asked for, before the caps: they are a part of the dynamics that stage 2 learns.
