@@ -1,5 +1,5 @@
 # make demo   the whole pipeline on one source/target pair (PAIR=pendulum, reacher, cup or finger)
-# make test   the tests, without those that drive a Duckiebot: make test-duckiebot
+# make test   the tests, without those that drive a Duckiebot or need its simulator: make test-duckiebot
 # make bench  how fast each stage is on this machine; BENCH=--real times a whole laptop run too
 # make duckietown           the whole chain on the Duckiebot simulator, small; SIZE=full: with the presets, an hour and a half
 # make duckietown-install   only that simulator
@@ -129,8 +129,10 @@ duckietown-install: .venv/duckietown
 # drives a robot: random actions, and the simulator's expert in the place of a person who drives by hand. Each stage is made once.
 SIZE ?= small
 VARIANT ?= Reversed
-ifneq ($(words $(filter $(SIZE),small full) $(filter $(VARIANT),Reversed Miscalibrated)),2)
+ifneq ($(filter duckietown,$(MAKECMDGOALS)),)
+ifeq ($(and $(filter small full,$(SIZE)),$(filter Reversed Miscalibrated,$(VARIANT))),)
 $(error SIZE must be small or full, not '$(SIZE)', VARIANT Reversed or Miscalibrated, not '$(VARIANT)')
+endif
 endif
 TOWN_STAGE1_small = --steps 14000 --prefill 4000 --save-every 4000
 TOWN_STAGE2_small = --updates 1000

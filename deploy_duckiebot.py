@@ -103,14 +103,15 @@ MAX_VELOCITY, MAX_YAW_RATE = 0.6, np.deg2rad(159.0)  # m/s and rad/s that `vecto
 LANE_HALF, PATH_SPEED = 0.07, 0.62  # m off the centre that still pay, and m/s that pays 1 (authors; their unit is not certain)
 CALIBRATION = {"gain": 1.0, "trim": 0.0, "baseline": 0.1, "radius": 0.0318, "k": 27.0, "limit": 1.0}  # daffy's defaults: -, -, m, m, rad/s, -
 WHEEL_RADIUS, TICKS = 0.0335, 135  # m, and encoder ticks a turn (daffy)
-FRESH, FRAME = 0.005, 1 / 30  # s from a picture's being ready to the step that sees it, which the steps' clock is shifted to; and between pictures
+FRESH = 0.004  # s from a picture's being ready to the step that sees it; the steps' clock is shifted to it
 HOLD = 0.01  # s from a step's begin to its command: the same delay whether a person drives, while recording, or a network that takes its time
 STALE, FROZEN, UNACKNOWLEDGED, SILENT = 0.25, 0.25, 0.3, 0.3  # s until a stop: no frame, equal frames, no acknowledgement, hung loop
 STEP_BOUNDS, LAG_BOUND = (0.08, 0.12), 0.022  # s between two rows of a sequence, and between an image and its action (authors)
 
 
-class Stop(Exception):
-    """Ends the drive; fault: something is wrong, so that the emergency stop is set too."""
+class Stop(BaseException):
+    """Ends the drive; fault: something is wrong, so that the emergency stop is set too. Like KeyboardInterrupt no Exception, because signals raise it
+    anywhere, and a library that is being called might swallow those."""
 
     def __init__(self, reason, fault=True):
         super().__init__(reason)
@@ -318,7 +319,8 @@ class SimulatedRobot:
 
     def __init__(self, args, image_size, keys):
         self.env = gym.make(args.env_id, image_size=image_size)
-        self.keys, self.kinematics, self.duties, self.age, self.decoding = keys, CALIBRATION, np.zeros(2), FRESH, 0.0
+        self.keys, self.kinematics, self.duties = keys, CALIBRATION, np.zeros(2)
+        self.age, self.period, self.decoding, self.held = FRESH, 1 / 30, 0.0, 0.0
         self.simulated = None if args.realtime or args.drive in ("keyboard", "joystick") else 0.0
         self.rewards, self.offsets, self.turned, self.is_first = [], [], 0.0, True
         self.put_back = args.record and args.drive == "random"
@@ -398,12 +400,14 @@ def watchdog(host, port, vehicle):
         if not ros.is_connected:  # no second line any more: the closed pipe tells the driver
             os.close(sys.stdin.fileno())
             break
-    sent, end = 0, time.monotonic() + 60
-    while sent < 10 and time.monotonic() < end:
+    sent, enough, end = 0, 10, time.monotonic() + 60
+    while sent < enough and time.monotonic() < end:
         if ros.is_connected:  # the flag alone does not stop the motors, the zeros do
             stop.publish({"data": True})
             wheels.publish({"vel_left": 0.0, "vel_right": 0.0})
-        sent = sent + 1 if ros.is_connected else 0  # whenever the connection comes back, all of them again
+            sent += 1
+        else:  # whenever the connection comes back, all of them again, for 1.5 s, because a bridge may lose the first ones
+            sent, enough = 0, 75
         time.sleep(0.02)
     time.sleep(0.1)
     os._exit(0)
@@ -424,6 +428,7 @@ class Duckiebot:
         self.vehicle = args.vehicle or args.robot.split(".")[0]
         self.kinematics, self.maps = read_kinematics(args.kinematics), undistortion(args.camera)
         self.now, self.lost, self.watchdog = time.monotonic, False, None
+        self.least, self.period = np.inf, 1 / 30
         self.frame, self.shown, self.changed, self.acknowledged, self.kinematic = None, None, 0.0, None, None
         self.ticks = {"left": deque(maxlen=64), "right": deque(maxlen=64)}  # (received, stamp, ticks)
         self.beat = self.first_command = None
@@ -457,6 +462,9 @@ class Duckiebot:
 
     def on_image(self, message):
         now, stamp, data = time.monotonic(), self.stamp(message), message["data"]
+        self.least = min(self.least, now - stamp)  # the clocks' difference, and the shortest way
+        if self.frame and 0.01 < stamp - self.frame[1] < 0.2:
+            self.period += 0.1 * (stamp - self.frame[1] - self.period)  # s between pictures
         if data != self.shown:  # a camera's noise makes every frame another one
             self.shown, self.changed = data, now
         self.frame = (now, stamp, self.picture(data), time.monotonic())  # made ready here, so that a step finds it done
@@ -500,6 +508,8 @@ class Duckiebot:
             raise Stop("the connection to the robot broke")
         if frame is None or now - frame[0] > STALE:
             raise Stop(f"no camera frame for {STALE} s")
+        if frame[0] - frame[1] - self.least > STALE:
+            raise Stop(f"the camera's pictures come more than {STALE} s late")
         if now - self.changed > FROZEN:
             raise Stop(f"the camera's picture has not changed for {FROZEN} s")
         if frame[2] is None:
@@ -518,8 +528,10 @@ class Duckiebot:
 
     def command(self, duties):
         """duties (left, right) in [-1, 1], HOLD after the step began, and a heartbeat to the watchdog"""
-        time.sleep(max(0.0, self.begun + HOLD - time.monotonic()))
+        ready = time.monotonic()
+        time.sleep(max(0.0, self.begun + HOLD - ready))
         now = time.monotonic()
+        self.held = now - ready
         self.first_command = self.first_command or now
         if self.dry_run:
             return
@@ -531,7 +543,7 @@ class Duckiebot:
         try:
             self.watchdog.stdin.write(b"h")
         except BrokenPipeError as e:
-            raise Stop("the watchdog lost its connection to the robot") from e
+            raise Stop("the watchdog process lost its connection to the robot, or ended") from e
         self.send(self.wheels, {"vel_left": float(duties[0]), "vel_right": float(duties[1])})
 
     def arm(self, try_driver):
@@ -572,7 +584,9 @@ class Duckiebot:
 
     def stop(self, fault):
         """Zeros, ten times over 0.2 s; with a fault also the emergency stop, and the watchdog does the same over its own connection."""
+        begun = time.monotonic()
         for _ in range(10 if self.beat else 0):
+            fault = fault or self.lost or not self.ros.is_connected
             with contextlib.suppress(OSError):
                 self.watchdog.stdin.write(b"x" if fault else b"h")  # without a fault it is not to take these 0.2 s for silence
             with contextlib.suppress(Exception):  # of a connection that breaks at this moment; the watchdog has its own
@@ -582,7 +596,8 @@ class Duckiebot:
             time.sleep(0.02)
         if self.watchdog:
             with contextlib.suppress(OSError):
-                self.watchdog.stdin.write(b"q")
+                heard = not self.beat or (self.acknowledged or 0.0) > begun  # else the zeros may be lost
+                self.watchdog.stdin.write(b"q" if heard else b"x")
             self.watchdog.stdin.close()
         with contextlib.suppress(Exception):
             self.ros.terminate()
@@ -728,7 +743,8 @@ def write_rows(path, rows):
         path = Path(tempfile.gettempdir()) / f"{path.stem}-{time.time_ns()}.npz"
         save_dataset(path, data)
         print(f"warning: {str(e).removeprefix('error: ')}")
-    print(f"wrote {path}: {len(rows)} rows in {data['is_first'].sum()} sequences")
+    late = np.mean(data["time_action"] - data["time_image"] > LAG_BOUND)
+    print(f"wrote {path}: {len(rows)} rows in {data['is_first'].sum()} sequences; {late:.0%} of the actions came more than {LAG_BOUND * 1e3:.0f} ms after their picture")
 
 
 def main(args):
@@ -782,9 +798,9 @@ def main(args):
             wanted = np.clip(action * [SPEED, TURN], [-args.max_speed, -args.max_turn], [args.max_speed, args.max_turn])
             wanted = wheel_duties(*wanted, robot.kinematics).clip(-args.max_duty, args.max_duty)
             duties = duties + np.clip(wanted - duties, -args.max_slew, args.max_slew)
-            compute.append(robot.decoding + time.monotonic() - tick)
             robot.command(duties)
             sent = robot.now()
+            compute.append(robot.decoding + time.monotonic() - tick - robot.held)
             lags.append(sent - seen)
             distance += abs(v) / HZ
             # The action that was asked for, before the caps: they are a part of the dynamics that stage 2 learns.
@@ -794,7 +810,7 @@ def main(args):
                 print(f"{len(rows) / HZ:5.0f} s  action {action[0]:+.2f} {action[1]:+.2f}  duties {duties[0]:+.2f} {duties[1]:+.2f}  speed {v:.2f} m/s")
             # Shifted by at most 1 ms, so that steps come to lie FRESH after a picture, not 33 ms. One that is nearly that old is
             # not to be brought back to: the next one is late, and to be waited for.
-            late = FRESH - robot.age if robot.age < FRESH + FRAME / 2 else FRESH + FRAME - robot.age
+            late = FRESH - robot.age if robot.age < FRESH + robot.period / 2 else FRESH + robot.period - robot.age
             deadline += 1 / HZ + np.clip(0.1 * late, -0.001, 0.001)
             if robot.now() > deadline:  # too late for the next step: it begins now, and none is made up for
                 overruns, deadline = overruns + 1, robot.now()

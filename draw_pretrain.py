@@ -557,12 +557,9 @@ def main(args):
     if world > 1:  # killed between their writes, some have saved once more than the others: these take that save back
         state, before = run_dir / "state.pt", run_dir / "state-before.pt"
         step = int(of_all_processes(torch.tensor([saved["step"] if saved else 0], device=device)).min())
-        if saved and saved["step"] > step == 0:
-            state.unlink()
-            saved = None
-        elif saved and saved["step"] > step and before.exists():
+        if saved and saved["step"] > step and before.exists() and (older := load_checkpoint(before, ("state",), device))["step"] == step:
             os.replace(before, state)
-            saved = load_checkpoint(state, ("state",), device)
+            saved = older
         if len(set(of_all_processes(torch.tensor([saved["step"] if saved else 0], device=device)).tolist())) > 1:
             raise UserError("--resume: the processes' last saves are of different steps; start anew with --overwrite")
     logger = Logger(run_dir, typed, saved)

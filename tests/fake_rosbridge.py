@@ -41,7 +41,7 @@ JPEGS, SMALL = jpegs(640, 480), jpegs(320, 240)
 class FakeRobot:
     """with FakeRobot() as robot: robot.port. All times are time.monotonic(). pictures: JPEGs of 640x480 in base64, shown again and again.
 
-    fault: set of "no frames", "frozen frames", "late frames", "corrupt frames", "small frames", "garbage", "no acknowledgements",
+    fault: set of "no frames", "frozen frames", "late frames", "old frames", "corrupt frames", "small frames", "garbage", "no acknowledgements",
     "no ticks", "refuse". `when(n, action)` calls action once, after the n-th command that moves; its time is `fault_time`.
     """
 
@@ -133,8 +133,8 @@ class FakeRobot:
                 twist = {"v": sum(speeds) / 2, "omega": (speeds[1] - speeds[0]) / 0.1}
                 await self.publish(KINEMATICS, {"header": self.header(), **twist})
 
-    def header(self):
-        t = time.monotonic() + CLOCK + 1e9
+    def header(self, age=0.0):
+        t = time.monotonic() - age + CLOCK + 1e9
         return {"seq": 0, "stamp": {"secs": int(t), "nsecs": int(t % 1 * 1e9)}, "frame_id": ""}
 
     async def publish(self, topic, message):
@@ -164,7 +164,7 @@ class FakeRobot:
                 last = last if "frozen frames" in self.fault else (last + 1) % len(self.pictures)
                 data = SMALL[last % len(SMALL)] if "small frames" in self.fault else self.pictures[last]
                 data = f"{k:04d}" + data[4:200] if "corrupt frames" in self.fault else data
-                await self.publish(CAMERA, {"header": self.header(), "format": "jpeg", "data": data})
+                await self.publish(CAMERA, {"header": self.header(0.5 if "old frames" in self.fault else 0.0), "format": "jpeg", "data": data})
             for side, duty in zip(ENCODERS, self.motors):
                 self.turned[side] += duty * 27 / 30  # rad
                 if "no ticks" not in self.fault:

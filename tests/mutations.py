@@ -128,7 +128,7 @@ MUTATIONS = [
     ("gradients of one's own batch alone", STAGE_1, "        dist.all_reduce(joint)\n", "", SPEED),
     ("gradients summed over the processes", STAGE_1, "(joint / dist.get_world_size())", "joint", SPEED),
     ("scale of one's own returns alone", STAGE_1, "of_all_processes(returns.detach())", "returns.detach()", SPEED),
-    ("a save that one process alone finished counts", STAGE_1, 'if saved and saved["step"] > step:', "if False:", TORCHRUN),
+    ("a save that one process alone finished counts", STAGE_1, 'if saved and saved["step"] > step and before.exists()', 'if saved and saved["step"] < step and before.exists()', TORCHRUN),
     ("a diverged step is taken on CUDA", COMMON, "self.diverged.copy_(torch.maximum(self.diverged, (~finite).float()))", "pass", SPEED),
     # the drive
     ("trim on the wrong wheel", DEPLOY, '(c["gain"] - c["trim"]) * (v - half)', '(c["gain"] + c["trim"]) * (v - half)', DRIVE),

@@ -196,7 +196,7 @@ def test_mistakes_before_the_motors_are_armed(robot, drive, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fault, words", [("no frames", "no camera frame"), ("frozen frames", "not changed"), ("late frames", "no camera frame"), ("corrupt frames", "JPEG"),
+    "fault, words", [("no frames", "no camera frame"), ("frozen frames", "not changed"), ("late frames", "no camera frame"), ("old frames", "late"), ("corrupt frames", "JPEG"),
                      ("small frames", "JPEG of 640x480"), ("garbage", "no camera frame"), ("no acknowledgements", "no acknowledgement"), ("no ticks", "no velocity")]
 )  # fmt: skip
 def test_faults_of_the_robot_stop_it(robot, drive, fault, words):
@@ -220,6 +220,22 @@ def test_broken_connection_of_the_watchdog(robot, drive):
     error = drive(Script())
     assert "watchdog" in str(error)
     check_stopped(robot)
+
+
+def test_connection_that_breaks_just_before_the_end(robot, drive, monkeypatch):
+    """The end of the drive is no fault, but its zeros would be lost: the watchdog sends them."""
+    stop = deploy.Duckiebot.stop
+
+    def cut_and_stop(self, fault):
+        assert not fault and robot.motors != (0, 0)
+        robot.fault_time = time.monotonic()
+        robot.disconnect([0])
+        time.sleep(0.05)
+        stop(self, fault)
+
+    monkeypatch.setattr(deploy.Duckiebot, "stop", cut_and_stop)
+    assert drive(Script(), max_seconds=1.5) is None
+    assert {c[3] for c in check_stopped(robot)} == {1}
 
 
 def test_broken_network_stops_when_it_returns_and_does_not_drive_on(robot, drive):

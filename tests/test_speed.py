@@ -180,6 +180,7 @@ def test_bfloat16_is_near_float32(monkeypatch):
     plain, gradients = one_update(batch_of(4), soft=1.0)
     with torch.autocast("cpu", torch.bfloat16):
         fast, fast_gradients = one_update(batch_of(4), soft=1.0)
+        assert DRAW(TINY).reward_head(torch.zeros(1, TINY.S * TINY.K)).dtype == torch.float32  # what a softmax is taken of
     assert all(v.dtype == torch.float32 for v in [*fast.values(), *fast_gradients.values()])
     for name in set(plain) - {"scale"}:
         torch.testing.assert_close(fast[name], plain[name], rtol=0.02, atol=1e-3, msg=name)

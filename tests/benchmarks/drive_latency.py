@@ -28,6 +28,10 @@ def main(seconds=120.0, computing_bar=20.0, jitter_bar=5.0):
         command = [sys.executable, str(ROOT / "deploy_duckiebot.py"), "--robot", "127.0.0.1", "--vehicle", "duckie", "--port", str(robot.port)]
         command += ["--kinematics", "default", "--checkpoint", str(policy), "--record", str(record), "--max-seconds", str(seconds)]
         driver = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if hasattr(os, "sched_setaffinity"):  # one core for the driver, another one for the robot
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(driver.pid, cores[-1:])
+            os.sched_setaffinity(0, cores[:1])
         driver.stdin.write("arm\n")
         driver.stdin.flush()
         out = driver.stdout.read()
