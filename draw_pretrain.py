@@ -215,7 +215,8 @@ def reconstruction_errors(draw, z, image, vector):
 
 def augment(image, strength):
     """Random changes of looks, other ones for each image: what differs between a simulator's camera and a real one's. The world model sees the
-    changed image and reconstructs the clean one, so that its latent leaves them out. A list like the authors', but for superpixels and dropped channels, as plain tensor operations.
+    changed image and reconstructs the clean one, so that its latent leaves them out. A list like the authors', but for superpixels and
+    dropped channels, as plain tensor operations.
 
     Args:
         image: uint8 (..., L, L, 3).   strength: 0 changes nothing, 1 is the most.

@@ -181,7 +181,8 @@ def test_mistakes_before_the_motors_are_armed(robot, drive, tmp_path):
         ({"kinematics": None}, "--kinematics"), ({"kinematics": str(tmp_path / "none.yaml")}, "none.yaml"), ({"kinematics": str(bad)}, "baseline"),
         ({"kinematics": str(bent)}, "above 0"), ({"camera": str(tmp_path / "none.yaml")}, "none.yaml"), ({"camera": str(not_camera)}, "640x480"),
         ({"camera": str(bad)}, "camera_matrix"), ({"port": 1}, "rosbridge"), ({"vehicle": "other"}, "--vehicle"), ({"drive": "expert"}, "sim"),
-        ({"drive": "joystick", "joystick": str(tmp_path / "js")}, "joystick"), ({"max_speed": -1.0}, "max-speed"), ({"image_size": 48}, "--image-size"), ({"robot": "sim", "dry_run": True}, "--dry-run"),
+        ({"drive": "joystick", "joystick": str(tmp_path / "js")}, "joystick"), ({"max_speed": -1.0}, "max-speed"),
+        ({"image_size": 48}, "--image-size"), ({"robot": "sim", "dry_run": True}, "--dry-run"),
     ):  # fmt: skip
         error = drive(Script(), typed="", **flags)
         assert isinstance(error, SystemExit) and words in str(error) and "\n" not in str(error), (flags, error)
