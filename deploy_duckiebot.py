@@ -2,8 +2,8 @@
 
     newest frame -> undistort -> L x L -> encoder, posterior, actor -> caps -> kinematics -> duties of the wheels, 10 times a second
 
-    python deploy_duckiebot.py --robot duckie.local --kinematics duckie.yaml --drive keyboard --image-size 32 --max-seconds 1000 --record target.npz
-    python redraw_adapt.py ... --dataset target.npz        # then train_policy.py; see docs/duckiebot.md
+    python deploy_duckiebot.py --robot duckie.local --kinematics duckie.yaml --drive keyboard --image-size 32 --max-seconds 500 --record target/hand.npz
+    python redraw_adapt.py ... --dataset target            # then train_policy.py; see docs/duckiebot.md
     python deploy_duckiebot.py --robot duckie.local --kinematics duckie.yaml --checkpoint runs/policy/policy.pt
     python deploy_duckiebot.py --robot sim --checkpoint runs/policy/policy.pt --max-seconds 200
 
@@ -492,7 +492,7 @@ class Duckiebot:
     def picture(self, data):
         """base64 of a JPEG -> undistorted RGB uint8 (L, L, 3), or None if it is no JPEG of 640x480"""
         try:
-            # At half the size, which is more than L x L pixels show, for half of the work
+            # At half the size, 320x240, which is more than 64x64 pixels show, for half of the work
             image = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_REDUCED_COLOR_2)
         except (ValueError, TypeError, cv2.error):
             return None

@@ -35,8 +35,8 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (ARRAYS, DRAW, Actor, Critic, DivergenceCheck, Interrupt, Logger, Policy, Sizes, UserError, check_range, explained, held_noise,
-                    kl_categorical, load_checkpoint, load_state, make_envs, mix, mlp, pick_device, read_npz, restore, sample_onehot, save_checkpoint, save_dataset, save_state,
-                    seed_everything, softmax, symlog, to_device, twohot_log_prob, twohot_mean, unimix, write_atomically)  # fmt: skip
+                    kl_categorical, load_checkpoint, load_state, make_envs, mix, mlp, pick_device, read_npz, restore, sample_onehot, save_checkpoint,
+                    save_dataset, save_state, seed_everything, softmax, symlog, to_device, twohot_log_prob, twohot_mean, unimix, write_atomically)  # fmt: skip
 
 
 @dataclass

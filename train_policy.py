@@ -256,7 +256,6 @@ def main(args):
             actor_loss, critic_loss, reward, value, returns, entropy, new_range = losses_of(
                 args, draw, rectified, actor, critic, slow_critic, range_ema, z, sigma, alive
             )
-        scale = new_range.clamp(min=args.return_floor)
         for opt in (actor_optimizer, critic_optimizer):
             opt.zero_grad()
         if args.actor_grad == "reinforce":  # neither loss depends on the other's parameters
@@ -280,7 +279,7 @@ def main(args):
         if update % args.log_every == 0:
             metrics = {
                 "policy/imagined_return": returns.mean(), "policy/imagined_reward": reward.mean(), "policy/entropy": entropy.mean(),
-                "policy/scale": scale, "policy/actor_loss": actor_loss, "policy/critic_loss": critic_loss,
+                "policy/scale": range_ema.clamp(min=args.return_floor), "policy/actor_loss": actor_loss, "policy/critic_loss": critic_loss,
             }  # fmt: skip
             shown = logger.log(update, metrics)
             logger.warn(shown["policy/entropy"] < -0.8 * sizes.action_size, "the policy's entropy is at its floor: it has stopped exploring; try a larger "
