@@ -57,7 +57,7 @@ egl:
 	@touch $@
 
 test: .venv/installed
-	$(PY) -m pytest tests -q -m "not timing" --ignore tests/test_duckietown.py
+	$(PY) -m pytest tests -q -m "not timing" --ignore tests/robot/test_duckietown.py
 
 # On a machine with nothing else to do.
 bench: .venv/installed
@@ -65,7 +65,7 @@ bench: .venv/installed
 
 # What the clock decides, and what needs the simulator: on a machine with nothing else to do.
 test-duckiebot: .venv/duckietown
-	$(PY) -m pytest tests/test_deploy.py tests/test_duckietown.py -q
+	$(PY) -m pytest tests/robot/test_deploy.py tests/robot/test_duckietown.py -q
 
 # Each stage is made once: an interrupted `make demo` goes on from its stages' last saves. Two trainings at a time, one thread each; the
 # ceiling writes what it has to say into target.log, the source's policy into source-policy.log.

@@ -18,18 +18,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COMMON, STAGE_1, STAGE_2, STAGE_3, DEPLOY = "common.py", "draw_pretrain.py", "redraw_adapt.py", "train_policy.py", "deploy_duckiebot.py"
 
-DISTRIBUTIONS = "test_oracles.py -k unimix or symlog or twohot or samples or actor"
-BELIEF = "test_oracles.py -k belief"
-MODEL = "test_oracles.py -k world_model or sides"
-ENSEMBLE = "test_oracles.py -k ensemble"
-POLICY_1 = "test_oracles.py -k of_stage_1"
-POLICY_3 = "test_oracles.py -k of_stage_3"
-ROWS = "test_alignment.py"
-GRADIENTS = "test_gradients.py"
-LOOKS = "test_augment.py -k clean_one or identity"
-ENVIRONMENTS = "test_environments.py -k last_of_two_frames"
-DRIVE = "test_deploy.py -k kinematics_with or colours or split"
-SPEED, TORCHRUN = "test_speed.py -k two_processes or noticed or bfloat16_is", "test_speed.py -k torchrun"
+DISTRIBUTIONS = "method/test_oracles.py -k unimix or symlog or twohot or samples or actor"
+BELIEF = "method/test_oracles.py -k belief"
+MODEL = "method/test_oracles.py -k world_model or sides"
+ENSEMBLE = "method/test_oracles.py -k ensemble"
+POLICY_1 = "method/test_oracles.py -k of_stage_1"
+POLICY_3 = "method/test_oracles.py -k of_stage_3"
+ROWS = "method/test_alignment.py"
+GRADIENTS = "method/test_gradients.py"
+LOOKS = "method/test_augment.py -k clean_one or identity"
+ENVIRONMENTS = "data/test_environments.py -k last_of_two_frames"
+DRIVE = "robot/test_deploy.py -k kinematics_with or colours or split"
+SPEED, TORCHRUN = "runs/test_speed.py -k two_processes or noticed or bfloat16_is", "runs/test_speed.py -k torchrun"
 
 # name, file, what stands there (once), the mistake, the tests
 MUTATIONS = [
@@ -139,7 +139,7 @@ MUTATIONS = [
 
 
 def pytest_of(folder, tests):
-    """(exit status, the failed tests) of a selection such as "test_oracles.py -k belief" in a copy of the repository"""
+    """(exit status, the failed tests) of a selection such as "method/test_oracles.py -k belief" in a copy of the repository"""
     file, _, words = tests.partition(" -k ")
     command = [sys.executable, "-m", "pytest", f"tests/{file}", "-x", "-q", "-p", "no:cacheprovider", *(["-k", words] if words else [])]
     env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}  # bytecode could outlive a line that changed within a second

@@ -19,7 +19,7 @@ import redraw_adapt
 import train_policy
 from common import load_checkpoint, load_dataset, load_policy, save_dataset
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("draw_pretrain", "redraw_adapt", "train_policy")
 
 # Every size is given, so that no test depends on the presets.
@@ -37,7 +37,7 @@ TOY = "toy_env:Toy-v0", "toy_env:ToyReversed-v0"  # an environment of the user's
 
 
 def run(script, *flags, cwd=None):
-    env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "support"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
 

@@ -14,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import draw_pretrain  # noqa: E402  (after the path)
 import redraw_adapt  # noqa: E402
 import train_policy  # noqa: E402

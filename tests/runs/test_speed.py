@@ -20,7 +20,7 @@ import redraw_adapt
 import train_policy
 from common import DRAW, Actor, Critic, DivergenceCheck, load_checkpoint, make_envs, softmax
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ARGS = draw_pretrain.Args(horizon=3, starts=4, batch=4, length=5, return_floor=0.01)
 
 
@@ -106,7 +106,7 @@ def test_torchrun_trains_one_model(tmp_path):
     flags = """laptop --env-id toy_env:Toy-v0 --steps 400 --prefill 200 --n-envs 2 --hold 4 --replay-size 1000 --S 4 --K 4 --cnn-depth 2 --vector-units 8
         --vector-layers 1 --units 8 --actor-units 8 --batch 4 --length 4 --train-every 8 --horizon 2 --starts 4 --policy-start 4 --policy-every 1 --explore-every 1
         --ensemble 2 --ensemble-target 4 --log-every 5 --save-every 80 --device cpu""".split()
-    env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "support"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "draw_pretrain.py"), *flags, "--run-dir"]
     undisturbed = subprocess.run([*command, "whole"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
     assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
@@ -162,7 +162,7 @@ def test_parallel_environments_do_the_same(env_id):
 def test_ctrl_c_saves_with_parallel_environments(tmp_path):
     """The terminal sends it to all processes; those of the environments must live until the run has saved."""
     flags = "laptop --env-id toy_env:ToySlow-v0 --parallel-envs --n-envs 2 --steps 100000 --prefill 90000 --save-every 60 --device cpu --run-dir run".split()
-    env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "support"), "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen([sys.executable, ROOT / "draw_pretrain.py", *flags], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not (tmp_path / "run" / "replay").exists():  # the first save, after 60 steps
         assert run.poll() is None

@@ -18,7 +18,7 @@ from helpers import TINY, user_error
 import deploy_duckiebot as deploy
 from common import Policy, Sizes, UserError, load_dataset, load_policy, save_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = Sizes(**{**vars(TINY), "action_size": 2})
 
 
