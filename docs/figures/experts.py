@@ -1,0 +1,315 @@
+"""The yardsticks: what random actions and the best known controller return in each environment.
+
+The four pairs of DeepMind Control tasks are solved here from the true state, which the world model
+never sees. The pendulum has an analytic controller: pump energy until it suffices to reach the top,
+then balance. The other tasks have an actor trained by SAC (stable-baselines3). Where the target
+reverses the actions, its expert is the source's with the sign of the action changed, which is
+exact. Where the target has wind or a torque, SAC goes on from the source's networks.
+
+    python docs/figures/experts.py evaluate
+
+runs 40 episodes each and writes experts.csv beside this file. `train` trains the actors anew, they
+are kept in experts/ with the return during training. `record` writes data of an expert acting in a
+target: images, velocities and actions, without rewards, as demonstrations for redraw_adapt.py.
+Only `train` needs stable-baselines3 (requirements.txt beside this file).
+"""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import scipy.stats
+import tyro
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+import common  # noqa: E402, F401  it registers the environments
+
+PAIRS = {
+    "pendulum": ("redraw/PendulumSwingup-v0", "redraw/PendulumSwingupReversed-v0"),
+    "cup": ("redraw/BallInCupCatch-v0", "redraw/BallInCupCatchWindy-v0"),
+    "finger": ("redraw/FingerTurnHard-v0", "redraw/FingerTurnHardTorque-v0"),
+    "reacher": ("redraw/ReacherEasy-v0", "redraw/ReacherEasyReversed-v0"),
+}
+ENV_IDS = [env_id for pair in PAIRS.values() for env_id in pair]
+COLUMNS = ("env_id", "controller", "episodes", "mean", "ci95", "worst", "seed", "training_steps")
+CHECK_EVERY = 10_000  # steps of training between two looks at the return
+INERTIA = 0.251  # of the pendulum, kg m^2
+WEIGHT = 4.905  # mass * gravity * length of the pendulum, N·m
+HOLD = 16  # steps for which a random action of `record` is held
+
+
+# ---- Environments ------------------------------------------------------------------------------
+
+
+def true_state(env):
+    """What the task itself calls its observation, as one float32 vector."""
+    dmc = env.unwrapped.dmc
+    parts = dmc.task.get_observation(dmc.physics).values()
+    return np.concatenate([np.ravel(part) for part in parts]).astype(np.float32)
+
+
+class TrueState(gym.ObservationWrapper):
+    """The environment with the true state as its observation; nothing is rendered."""
+
+    def __init__(self, env_id):
+        super().__init__(gym.make(env_id))
+        # An image costs more time than the physics and an update of SAC together.
+        self.unwrapped.render = lambda: None
+        size = true_state(self).size
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+
+    def observation(self, observation):
+        return true_state(self)
+
+
+# ---- Controllers: functions from the true state to an action in [-1, 1] ------------------------
+
+
+def energy_shaping(state):
+    """The pendulum: state (cos, sin, speed) of the angle from the top -> torque (1,) in N·m."""
+    cos, sin, speed = state
+    balance = -20.0 * np.arctan2(sin, cos) - 3.0 * speed
+    if cos > 0.9 and abs(balance) < 5.0:
+        return np.clip([balance], -1.0, 1.0)
+    # The energy at rest at the top, and a little more for what friction takes on the way.
+    wanted = WEIGHT + 0.3
+    energy = 0.5 * INERTIA * speed**2 + WEIGHT * cos
+    direction = 1.0 if speed >= 0.0 else -1.0
+    return np.clip([10.0 * direction * (wanted - energy)], -1.0, 1.0)
+
+
+def actor_file(env_id):
+    return HERE / "experts" / f"{env_id.removeprefix('redraw/')}.npz"
+
+
+def load_arrays(env_id):
+    with np.load(actor_file(env_id), allow_pickle=False) as file:
+        return dict(file)
+
+
+def actor(arrays):
+    """What `train` saves: two hidden layers with ReLU, then tanh."""
+    weights = [arrays[f"weight{i}"].astype(np.float32) for i in range(3)]
+    biases = [arrays[f"bias{i}"].astype(np.float32) for i in range(3)]
+
+    def act(state):
+        hidden = np.maximum(state @ weights[0] + biases[0], 0.0)
+        hidden = np.maximum(hidden @ weights[1] + biases[1], 0.0)
+        return np.tanh(hidden @ weights[2] + biases[2])
+
+    return act
+
+
+def trained_in(env_id):
+    """The environment whose expert serves here too: with reversed actions that is the source."""
+    return env_id.replace("Reversed", "")
+
+
+def load_expert(env_id):
+    """The best known controller of an environment."""
+    if env_id != trained_in(env_id):
+        source = load_expert(trained_in(env_id))
+        return lambda state: -source(state)
+    if "Pendulum" in env_id:
+        return energy_shaping
+    return actor(load_arrays(env_id))
+
+
+def random_actions(env_id, seed):
+    """Uniform actions, a new one every step."""
+    rng = np.random.default_rng(seed)
+    spec = gym.make(env_id).action_space
+    return lambda state: rng.uniform(-1.0, 1.0, spec.shape)
+
+
+def returns_of(controller, env_id, episodes, seed):
+    """Returns of whole episodes; episode i starts from the seed `seed` + i."""
+    env = TrueState(env_id)
+    returns = np.zeros(episodes)
+    for i in range(episodes):
+        state, _ = env.reset(seed=seed + i)
+        done = False
+        while not done:
+            state, reward, terminated, truncated, _ = env.step(controller(state))
+            returns[i] += reward
+            done = terminated or truncated
+    env.close()
+    return returns
+
+
+# ---- Commands ----------------------------------------------------------------------------------
+
+
+def actor_arrays(model):
+    """The mean of SAC's Gaussian actor; half precision is enough for it."""
+    layers = model.policy.actor_state.params["params"]
+    arrays = {}
+    for i in range(3):
+        arrays[f"weight{i}"] = np.asarray(layers[f"Dense_{i}"]["kernel"], np.float16)
+        arrays[f"bias{i}"] = np.asarray(layers[f"Dense_{i}"]["bias"], np.float16)
+    return arrays
+
+
+def train_one(model, env_id, steps, seed):
+    """Trains for `steps` steps, keeps the actor that returned most in 10 episodes."""
+    path = actor_file(env_id)
+    path.parent.mkdir(exist_ok=True)
+    curve = [("steps", "return")]
+    best = -1.0
+    for done in range(CHECK_EVERY, steps + 1, CHECK_EVERY):
+        model.learn(CHECK_EVERY, reset_num_timesteps=done == CHECK_EVERY)
+        arrays = actor_arrays(model)
+        mean = returns_of(actor(arrays), env_id, episodes=10, seed=100_000).mean()
+        print(f"{env_id} {done} steps: {mean:.1f}", flush=True)
+        if mean >= best:
+            best = mean
+            np.savez_compressed(path, steps=done, seed=seed, **arrays)
+        curve.append((done, round(mean, 1)))
+        with path.with_suffix(".csv").open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(curve)
+
+
+def four_copies(env_id):
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    return DummyVecEnv([lambda: TrueState(env_id)] * 4)
+
+
+def train(
+    pair: Literal["cup", "finger", "reacher"],
+    steps: int = 100_000,
+    target_steps: int = 50_000,
+    seed: int = 0,
+):
+    """Trains the experts of a pair with SAC and keeps the best actors in experts/.
+
+    Args:
+        pair: which pair
+        steps: steps of training in the source
+        target_steps: further ones in the target, where its actions are not just reversed
+        seed: of everything random
+    """
+    import sbx
+
+    source, target = PAIRS[pair]
+    model = sbx.SAC(
+        "MlpPolicy",
+        four_copies(source),
+        learning_rate=5e-4,
+        learning_starts=5000,
+        # Half an update a step: two steps in four environments, then four updates.
+        train_freq=2,
+        gradient_steps=4,
+        policy_kwargs={"net_arch": [128, 128]},
+        seed=seed,
+    )
+    train_one(model, source, steps, seed)
+    if "Reversed" not in target:
+        # What was replayed so far shows the source's dynamics.
+        model.replay_buffer.reset()
+        model.set_env(four_copies(target))
+        train_one(model, target, target_steps, seed)
+
+
+def evaluate(
+    pairs: tuple[Literal["pendulum", "cup", "finger", "reacher"], ...] = tuple(PAIRS),
+    episodes: int = 40,
+    seed: int = 0,
+):
+    """Runs random actions and the experts in sources and targets, writes experts.csv.
+
+    Args:
+        pairs: which pairs; the lines of the others stay in experts.csv as they are
+        episodes: of each
+        seed: of the first episode; each further one has the next
+    """
+    path = HERE / "experts.csv"
+    env_ids = [env_id for pair in pairs for env_id in PAIRS[pair]]
+    table = []
+    if path.exists():
+        with path.open(newline="") as file:
+            table = [line for line in csv.reader(file) if line[0] in ENV_IDS]
+    table = [line for line in table if line[0] not in env_ids]
+    for env_id in env_ids:
+        for name in ("random", "expert"):
+            steps = 0
+            if name == "random":
+                controller = random_actions(env_id, seed)
+            elif "Pendulum" in env_id:
+                name = "energy shaping"
+                controller = load_expert(env_id)
+            else:
+                name = "SAC on the true state"
+                controller = load_expert(env_id)
+                steps = load_arrays(trained_in(env_id))["steps"]
+            returns = returns_of(controller, env_id, episodes, seed)
+            quantile = scipy.stats.t.ppf(0.975, episodes - 1)
+            half = quantile * returns.std(ddof=1) / np.sqrt(episodes)
+            figures = [f"{value:.1f}" for value in (returns.mean(), half, returns.min())]
+            table.append((env_id, name, episodes, *figures, seed, steps))
+            print(*table[-1], sep=", ", flush=True)
+    table.sort(key=lambda line: ENV_IDS.index(line[0]))
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *table])
+
+
+def record(
+    env_id: str,
+    out: Path,
+    rows: int = 40_000,
+    noise: float = 0.0,
+    image_size: Literal[32, 64] = 64,
+    seed: int = 1000,
+):
+    """Records an expert: row t holds x_t and the action taken at x_t; there is no reward.
+
+    Args:
+        env_id: environment, e.g. redraw/BallInCupCatchWindy-v0
+        out: the .npz file to write
+        rows: how many; the last episode may be cut short
+        noise: share of steps with a random action, which is held for 16 steps
+        image_size: pixels
+        seed: of the first episode; each further one has the next
+    """
+    env = gym.make(env_id, image_size=image_size)
+    expert = load_expert(env_id)
+    rng = np.random.default_rng(seed)
+    data = {name: [] for name in ("image", "vector", "action", "is_first", "is_last")}
+    while len(data["action"]) < rows:
+        observation, _ = env.reset(seed=seed)
+        seed += 1
+        age = 0
+        last = False
+        while True:
+            if age % HOLD == 0:
+                is_random = rng.random() < noise
+                held = rng.uniform(-1.0, 1.0, env.action_space.shape)
+            action = held if is_random else expert(true_state(env))
+            data["image"].append(observation["image"])
+            data["vector"].append(observation["vector"])
+            data["action"].append(action.astype(np.float32))
+            data["is_first"].append(age == 0)
+            data["is_last"].append(last)
+            if last:
+                break
+            observation, _, _, last, _ = env.step(action)
+            age += 1
+    arrays = {name: np.stack(values[:rows]) for name, values in data.items()}
+    # These tasks have a time limit and no other end.
+    arrays["is_terminal"] = np.zeros(rows, bool)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.part")
+    with unfinished.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    unfinished.replace(out)
+    print(f"{out}: {rows} rows, {arrays['is_first'].sum()} episodes")
+
+
+if __name__ == "__main__":
+    commands = {"train": train, "evaluate": evaluate, "record": record}
+    tyro.extras.subcommand_cli_from_dict(commands)
