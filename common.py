@@ -1,10 +1,10 @@
-"""What the stages of ReDRAW share: environments, the networks of DRAW, datasets, checkpoints, logs.
+"""What the stages of ReDRAW share: distributions, networks, buffers, environments, the run folder.
 
 Notation, here and in every stage (shape comments use the same letters):
 
     B batch   T time in a replayed sequence   H imagination horizon   N rows of a dataset
     S categorical variables in the latent     K classes of each       Z = S*K, flat latent size
-    A action size   V vector-observation size   E embedding size
+    A action size   V vector-observation size   E embedding size   C image channels, L its side
     x_t observation   z_t sampled latent (B, S, K), one-hot   a_t action taken AT x_t
     u_t prior logits   sigma_t = softmax(u_t), the prior's "belief"   e_t residual logits
 
@@ -19,9 +19,8 @@ import os
 import random
 import signal
 import sys
-import warnings
+import zipfile
 import zlib
-from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -35,12 +34,13 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-with suppress(ImportError):  # of PyTorch's CUDA build; loaded after the LLVM of Mesa's renderer it would crash the process
+# PyTorch's CUDA build crashes the process if this comes after the LLVM of Mesa's renderer.
+with suppress(ImportError):
     import triton  # noqa: F401
 
 
 class UserError(SystemExit):
-    """A mistake that the user can mend: ends a script with this one line on stderr and exit status 1, without a traceback."""
+    """A mistake that the user can mend: one line on stderr, exit status 1, no traceback."""
 
     def __init__(self, message):
         super().__init__("error: " + " ".join(str(message).splitlines()))
@@ -48,157 +48,33 @@ class UserError(SystemExit):
 
 @contextmanager
 def explained(text, kinds=Exception):
-    """Turns an exception of these kinds into a UserError with `text` and the exception's own words."""
+    """Turns an exception of these kinds into a UserError: `text`, then the exception's words."""
     try:
         yield
     except kinds as e:
         raise UserError(f"{text} ({type(e).__name__}: {e})") from e
 
 
-# ---- Environments --------------------------------------------------------------------------------
+def check_range(args, low, high, *names):
+    """Raises UserError for a flag that is not from low to high; None means "not given"."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be from {low} to {high}, it is {value}")
 
 
-class DMCEnv(gym.Env):
-    """A DeepMind Control task seen through its stock camera, with optionally changed dynamics.
-
-    Observation: image, uint8 (image_size, image_size, 3), and vector, float32 (V,), the velocities (rad/s, m/s), which one image does not show.
-    Action: float32 (A,) in [-1, 1], applied for `action_repeat` frames of physics; the reward is that of the LAST one, not the sum, so 1000
-    frames return at most 500. Never terminal; the time limit that gymnasium.make adds (500 steps) truncates.
-
-    Args:
-        domain, task: names in dm_control.suite, e.g. "pendulum", "swingup".
-        reverse_actions: apply -a instead of a.
-        wrench: (body, (fx, fy, fz, tx, ty, tz)), a constant force in N and torque in N·m on that body, in world coordinates.
-        image_size: 16, 32, 64, 128 or 256; below 64 the 64-pixel image is averaged down.
-    """
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 25}
-
-    def __init__(self, domain, task, reverse_actions=False, wrench=None, image_size=64, action_repeat=2, render_mode="rgb_array"):
-        if sys.platform.startswith("linux"):
-            os.environ.setdefault("MUJOCO_GL", "egl")  # render without a screen; read at import
-        with explained("dm_control does not load; on Debian: apt-get install libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri", ImportError):
-            import mujoco  # here, not above: other environments do without, and --help stays quick
-            from dm_control import suite
-            from dm_control.mujoco.engine import Camera
-
-        # The time limit is gymnasium's, so that `max_episode_steps` is the only one there is.
-        self.dmc = suite.load(domain, task, task_kwargs={"time_limit": float("inf")})
-        self.physics = self.dmc.physics
-        self.sign = -1.0 if reverse_actions else 1.0
-        self.wrench, self.action_repeat, self.image_size, self.render_mode = wrench, action_repeat, image_size, render_mode
-        # Multisampling, shadows and reflections cost ten times the rest of a software-rendered frame.
-        self.physics.model.vis.quality.offsamples = 0
-        self.shrink = max(1, 64 // image_size)
-        self.camera = Camera(self.physics, height=image_size * self.shrink, width=image_size * self.shrink, camera_id=0)
-        self.camera.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-        self.camera.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-
-        spec = self.dmc.action_spec()
-        self.low, self.high = spec.minimum, spec.maximum  # physical bounds of the actuators
-        self.action_space = gym.spaces.Box(-1.0, 1.0, spec.shape, np.float32)
-        self.observation_space = gym.spaces.Dict(
-            image=gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8),
-            vector=gym.spaces.Box(-np.inf, np.inf, self.physics.velocity().shape, np.float32),
-        )
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        if seed is not None:
-            self.dmc.task.random.seed(seed)
-        self.dmc.reset()
-        return self.observe(), {}
-
-    def step(self, action):
-        action = self.sign * np.clip(np.asarray(action, np.float64), -1.0, 1.0)
-        action = self.low + (action + 1.0) / 2.0 * (self.high - self.low)
-        for _ in range(self.action_repeat):
-            if self.wrench is not None:  # a reset clears it
-                self.physics.named.data.xfrc_applied[self.wrench[0]] = self.wrench[1]
-            timestep = self.dmc.step(action)
-        return self.observe(), float(timestep.reward), False, False, {}
-
-    def observe(self):
-        return {"image": self.render(), "vector": self.physics.velocity().astype(np.float32)}
-
-    def render(self):
-        image = self.camera.render()
-        if self.shrink > 1:
-            image = image.reshape(self.image_size, self.shrink, self.image_size, self.shrink, 3).mean((1, 3)) + 0.5
-        return image.astype(np.uint8)
-
-    def close(self):
-        self.dmc.close()
+# ---- Distributions: categorical latents, two-hot scalars ------------------------------------
 
 
-# The paper's four pairs: name, domain, task; and of the target: what is added to the name, what differs
-for name, *task, suffix, changes in (
-    ("PendulumSwingup", "pendulum", "swingup", "Reversed", {"reverse_actions": True}),
-    ("BallInCupCatch", "ball_in_cup", "catch", "Windy", {"wrench": ("ball", (-2.0, 0.0, 0.0, 0.0, 0.0, 0.0))}),
-    ("FingerTurnHard", "finger", "turn_hard", "Torque", {"wrench": ("spinner", (0.0, 0.0, 0.0, 0.0, 4.0, 0.0))}),
-    ("ReacherEasy", "reacher", "easy", "Reversed", {"reverse_actions": True}),
-):
-    for env_id, kwargs in ((f"redraw/{name}-v0", {}), (f"redraw/{name}{suffix}-v0", changes)):
-        kwargs = {"domain": task[0], "task": task[1], **kwargs}
-        gym.register(env_id, DMCEnv, kwargs=kwargs, max_episode_steps=500, disable_env_checker=True)
+def softmax(logits):
+    """logits.softmax(-1), (..., S, K); on CPUs 15 times faster for so short a last dimension."""
+    return logits.transpose(-1, -2).softmax(-2).transpose(-1, -2)
 
 
-def make_env(env_id, worker=False, **kwargs):
-    """gymnasium.make; it is here so that a `worker`, a process of its own, has imported this file, which registers the environments above."""
-    if worker and multiprocessing.parent_process():  # AsyncVectorEnv calls it once in the parent too
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which saves first
-    return gym.make(env_id, **kwargs)
-
-
-def make_envs(env_id, n, image_size=None, episode_steps=None, parallel=False):
-    """n copies of one environment, stepped together: a SyncVectorEnv, or, each in a process of its own, an AsyncVectorEnv. The step after the end of an episode resets that copy, ignores its action and
-    returns the first observation of the next episode with reward 0. UserError: unknown id, or spaces that DRAW can't use.
-
-    Args:
-        image_size: for this project's ids; others come with a size of their own.
-        episode_steps: a time limit in steps instead of the environment's own.
-        parallel: step them in processes of their own, with step_async and step_wait.
-    """
-    kwargs = {"max_episode_steps": episode_steps} if episode_steps else {}
-    if image_size and env_id.split(":")[-1].startswith("redraw/"):
-        kwargs["image_size"] = image_size
-    known = ", ".join(i for i in gym.registry if i.startswith("redraw/"))
-    with explained(f"can't make environment '{env_id}'; this project's: {known}; any other as module:id"):
-        envs = gym.vector.SyncVectorEnv([partial(make_env, env_id, **kwargs)] * (1 if parallel else n))
-    obs, act = envs.single_observation_space, envs.single_action_space
-    if not isinstance(obs, gym.spaces.Dict) or set(obs.spaces) != {"image", "vector"}:
-        raise UserError(f"{env_id}: the observation space must be Dict(image=..., vector=...), it is {obs}")
-    L, V, A = ((space.shape or (0,))[0] for space in (obs["image"], obs["vector"], act))
-    if obs["image"].dtype != np.uint8 or obs["image"].shape != (L, L, 3) or L < 16 or L & (L - 1):
-        raise UserError(f"{env_id}: image must be uint8 (L, L, 3) with L = 16, 32, 64, ..., it is {obs['image']}")
-    if obs["vector"].dtype != np.float32 or obs["vector"].shape != (V,) or V == 0:
-        raise UserError(f"{env_id}: vector must be float32 (V,), V at least 1, it is {obs['vector']}")
-    if A == 0 or act not in [gym.spaces.Box(-1, 1, (A,), dtype) for dtype in (np.float16, np.float32, np.float64)]:
-        raise UserError(f"{env_id}: the action space must be Box(-1, 1, (A,)), it is {act}; gymnasium.wrappers.RescaleAction can make it so")
-    if parallel:  # spawned, because a fork would share the GPU and the renderer
-        envs.close()
-        with explained(f"can't make environment '{env_id}' in processes of their own"):
-            envs = gym.vector.AsyncVectorEnv([partial(make_env, env_id, worker=True, **kwargs)] * n, context="spawn")
-    return envs
-
-
-def check_sizes(env_id, envs, sizes):
-    """Raises UserError if an environment's observations and actions are not those of a checkpoint."""
-    spaces = envs.single_observation_space
-    has = (spaces["image"].shape[0], spaces["vector"].shape[0], envs.single_action_space.shape[0])
-    wants = (sizes.image_size, sizes.vector_size, sizes.action_size)
-    if has != wants:
-        raise UserError(f"{env_id} has (image, vector, action) sizes {has}, the checkpoint was trained with {wants}")
-
-
-def held_noise(previous, hold, gain=1.0):
-    """Random actions, uniform over [-gain, gain], clipped to [-1, 1], that stay for `hold` steps on average; float32 (n, A) from the last ones.
-    Independent noise averages out over a swing of the arm; held noise reaches far more states. With a gain of 2, half have full torque."""
-    fresh = np.random.uniform(-gain, gain, previous.shape).clip(-1, 1).astype(np.float32)
-    return np.where(np.random.rand(len(previous), 1) < 1.0 / hold, fresh, previous)
-
-
-# ---- Distributions: categorical latents, two-hot scalars -----------------------------------------
+def log_softmax(logits):
+    """logits.log_softmax(-1), (..., S, K)"""
+    return logits.transpose(-1, -2).log_softmax(-2).transpose(-1, -2)
 
 
 def mix(probs):
@@ -206,27 +82,23 @@ def mix(probs):
     return 0.99 * probs + 0.01 / probs.shape[-1]
 
 
-def softmax(logits):
-    """Over the last dimension, (..., S, K) -> (..., S, K): logits.softmax(-1), on CPUs 15 times faster for so short a dimension."""
-    return logits.transpose(-1, -2).softmax(-2).transpose(-1, -2)
-
-
 def unimix(logits):
-    """log(0.99 softmax(logits) + 0.01 / K), normalised log-probabilities; (..., S, K) -> (..., S, K)"""
+    """log(0.99 softmax(logits) + 0.01 / K), log-probabilities, (..., S, K)"""
     return torch.log(mix(softmax(logits)))
 
 
 def sample_onehot(probs):
-    """Samples every categorical, (..., S, K) -> one-hot, with straight-through gradients (those of the probabilities)."""
-    cdf = probs.detach().cumsum(-1)  # the inverse CDF, on CPUs tens of times faster than torch.multinomial
+    """Samples each categorical, (..., S, K) -> one-hot; the gradient is that of `probs`."""
+    # The inverse CDF: on CPUs tens of times faster than torch.multinomial.
+    cdf = probs.detach().cumsum(-1)
     index = (torch.rand_like(cdf[..., :1]) > cdf[..., :-1]).sum(-1, keepdim=True)
     onehot = torch.zeros_like(cdf).scatter_(-1, index, 1.0)
     return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
 
 
-def kl_categorical(logp, logq):
-    """KL(p || q) of independent categoricals, from log-probabilities (..., S, K), summed to (...)."""
-    return (logp.exp() * (logp - logq)).sum((-2, -1))
+def kl_categorical(log_p, log_q):
+    """KL(p || q) of independent categoricals, (..., S, K) log-probabilities, summed to (...)"""
+    return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
 
 
 def symlog(x):
@@ -239,35 +111,39 @@ def symexp(x):
     return torch.sign(x) * torch.expm1(torch.abs(x))
 
 
-BINS = 255  # of the two-hot distribution, evenly spaced over [-20, 20] in symlog space
+# A two-hot distribution lies on 255 bins, evenly spaced over [-20, 20] in symlog space.
+BINS = 255
 
 
 def twohot_mean(logits):
-    """Logits (..., BINS) -> mean of the distribution over symlog values, back in linear space (...)."""
+    """Logits (..., BINS) -> mean over symlog values, back in linear space (...)"""
     bins = torch.linspace(-20.0, 20.0, BINS, device=logits.device)
     return symexp((logits.softmax(-1) * bins).sum(-1))
 
 
 def twohot_log_prob(logits, x):
-    """Cross-entropy (negated) of logits (..., BINS) against the two-hot encoding of symlog(x), (...), whose mass is on the two bins around it."""
+    """log p of x (...) under logits (..., BINS): x's mass lies on the two bins around symlog(x)."""
     position = (symlog(x).clamp(-20.0, 20.0) + 20.0) / 40.0 * (BINS - 1)
     below = position.floor().long().clamp(0, BINS - 2)
     weight_above = (position - below)[..., None]
-    logp = logits.log_softmax(-1)
-    logp_below, logp_above = logp.gather(-1, below[..., None]), logp.gather(-1, below[..., None] + 1)
-    return ((1 - weight_above) * logp_below + weight_above * logp_above).squeeze(-1)
+    log_p = logits.log_softmax(-1)
+    log_p_below = log_p.gather(-1, below[..., None])
+    log_p_above = log_p.gather(-1, below[..., None] + 1)
+    return ((1 - weight_above) * log_p_below + weight_above * log_p_above).squeeze(-1)
 
 
-# ---- Networks ------------------------------------------------------------------------------------
+# ---- Networks: DRAW, the rectified dynamics, actor and critic ---------------------------------
 
 
 @dataclass
 class Sizes:
-    """All sizes of a world model and its policy; stored in every checkpoint. Defaults: the paper's."""
+    """All sizes of a world model and its policy, kept in every checkpoint. Defaults: the paper's.
+    ValueError: a size is impossible; a stranger's checkpoint may say anything."""
 
-    image_size: int = 64  # pixels, a power of two
-    vector_size: int = 1  # V
+    image_size: int = 64  # pixels of a side, a power of two
+    vector_size: int = 1  # V, 0 if there is no vector
     action_size: int = 1  # A
+    channels: int = 3  # C: 1 grey, 3 RGB, more: stacked frames
     S: int = 256
     K: int = 4
     cnn_depth: int = 32  # channels of the first convolution; each further one doubles them
@@ -276,25 +152,32 @@ class Sizes:
     units: int = 512  # of posterior, dynamics and heads
     actor_units: int = 512  # of actor and critic
 
-    def __post_init__(self):  # they may come from a stranger's checkpoint
+    def __post_init__(self):
         for name, value in vars(self).items():
-            if type(value) is not int or not 1 <= value <= 65536 or name == "image_size" and (value < 16 or value & (value - 1)):
-                raise ValueError(f"{name} can't be {value!r}: sizes are from 1 to 65536, that of images is 16, 32, 64, ...")
+            least = {"vector_size": 0, "image_size": 16}.get(name, 1)
+            power = name != "image_size" or value & (value - 1) == 0
+            power = name != "image_size" or value & (value - 1) == 0
+            if type(value) is not int or not least <= value <= 65536 or not power:
+                raise ValueError(f"{name} can't be {value!r}")
 
 
 def init_weights(layer, scale=1.0):
-    """Truncated normal of variance scale / ((fan_in + fan_out) / 2), cut at two deviations; zero bias."""
+    """Truncated normal of variance scale / ((fan_in + fan_out) / 2), cut at two deviations."""
     receptive = layer.weight[0, 0].numel() if layer.weight.dim() == 4 else 1
-    fan_avg = (layer.weight.shape[0] + layer.weight.shape[1]) * receptive / 2
-    std = (scale / fan_avg) ** 0.5 / 0.87962566  # the deviation that the cut takes away
-    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std) if scale else nn.init.zeros_(layer.weight)
+    fan_average = (layer.weight.shape[0] + layer.weight.shape[1]) * receptive / 2
+    # The cut makes the deviation smaller by the factor 0.8796.
+    std = (scale / fan_average) ** 0.5 / 0.87962566
+    if scale:
+        nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    else:
+        nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
 
 
 class MLP(nn.Sequential):
-    """Layers whose output is float32, also where they compute in bfloat16 (--bf16): softmax, logarithms and losses want the digits."""
+    """Layers whose output is float32, also under --bf16: losses want all digits."""
 
     def forward(self, x):
         return super().forward(x).float()
@@ -304,7 +187,8 @@ def mlp(n_in, units, layers, n_out=None, out_scale=1.0):
     """Layers of Linear (no bias), LayerNorm, SiLU; then, if n_out is given, a Linear to n_out."""
     modules = []
     for _ in range(layers):
-        modules += [init_weights(nn.Linear(n_in, units, bias=False)), nn.LayerNorm(units, eps=1e-3), nn.SiLU()]
+        modules.append(init_weights(nn.Linear(n_in, units, bias=False)))
+        modules += [nn.LayerNorm(units, eps=1e-3), nn.SiLU()]
         n_in = units
     if n_out:
         modules.append(init_weights(nn.Linear(n_in, n_out), out_scale))
@@ -323,19 +207,30 @@ class Encoder(nn.Module):
 
     def __init__(self, sizes):
         super().__init__()
-        layers, channels, depth = [], 3, sizes.cnn_depth
-        for _ in range(int(np.log2(sizes.image_size)) - 2):  # halve the image until it is 4x4
-            layers += [init_weights(nn.Conv2d(channels, depth, 4, 2, 1, bias=False)), ChannelNorm(depth, eps=1e-3), nn.SiLU()]
-            channels, depth = depth, depth * 2
+        layers = []
+        channels = sizes.channels
+        depth = sizes.cnn_depth
+        # Each convolution halves the image, until it is 4 x 4.
+        for _ in range(int(np.log2(sizes.image_size)) - 2):
+            layers.append(init_weights(nn.Conv2d(channels, depth, 4, 2, 1, bias=False)))
+            layers += [ChannelNorm(depth, eps=1e-3), nn.SiLU()]
+            channels = depth
+            depth *= 2
         self.cnn = nn.Sequential(*layers)
-        self.vector = mlp(sizes.vector_size, sizes.vector_units, sizes.vector_layers)
-        self.embed_size = 16 * channels + sizes.vector_units  # E
+        self.embed_size = 16 * channels  # E
+        self.vector = None
+        if sizes.vector_size:
+            self.vector = mlp(sizes.vector_size, sizes.vector_units, sizes.vector_layers)
+            self.embed_size += sizes.vector_units
 
     def forward(self, image, vector):
-        """image uint8 (..., L, L, 3), vector (..., V) -> embed (..., E)"""
+        """image uint8 (..., L, L, C), vector (..., V) -> embed (..., E)"""
         batch = image.shape[:-3]
-        x = image.flatten(0, -4).permute(0, 3, 1, 2).float() / 255.0 - 0.5  # (B, 3, L, L), channels-last in memory
-        return torch.cat([self.cnn(x).float().flatten(1).unflatten(0, batch), self.vector(symlog(vector))], -1)
+        x = image.flatten(0, -4).permute(0, 3, 1, 2).float() / 255.0 - 0.5  # (B, C, L, L)
+        embed = self.cnn(x).float().flatten(1).unflatten(0, batch)
+        if self.vector is None:
+            return embed
+        return torch.cat([embed, self.vector(symlog(vector))], -1)
 
 
 class Decoder(nn.Module):
@@ -346,16 +241,18 @@ class Decoder(nn.Module):
         n = int(np.log2(sizes.image_size)) - 2
         channels = sizes.cnn_depth * 2 ** (n - 1)
         linear = init_weights(nn.Linear(sizes.S * sizes.K, 16 * channels))
-        self.start = nn.Sequential(linear, nn.Unflatten(-1, (4, 4, channels)), nn.LayerNorm(channels, eps=1e-3), nn.SiLU())
+        norm = nn.LayerNorm(channels, eps=1e-3)
+        self.start = nn.Sequential(linear, nn.Unflatten(-1, (4, 4, channels)), norm, nn.SiLU())
         layers = []
         for _ in range(n - 1):
             up = nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False)
             channels //= 2
             layers += [init_weights(up), ChannelNorm(channels, eps=1e-3), nn.SiLU()]
-        self.cnn = nn.Sequential(*layers, init_weights(nn.ConvTranspose2d(channels, 3, 4, 2, 1)))
+        layers.append(init_weights(nn.ConvTranspose2d(channels, sizes.channels, 4, 2, 1)))
+        self.cnn = nn.Sequential(*layers)
 
     def forward(self, z):
-        """z (..., Z) -> image (..., L, L, 3), about [0, 1]"""
+        """z (..., Z) -> image (..., L, L, C), about [0, 1]"""
         x = self.start(z.flatten(0, -2)).permute(0, 3, 1, 2)
         return self.cnn(x).float().permute(0, 2, 3, 1).unflatten(0, z.shape[:-1]) + 0.5
 
@@ -363,77 +260,164 @@ class Decoder(nn.Module):
 class DRAW(nn.Module):
     """DRAW, the world model with a discrete latent state and no recurrence in it.
 
-        posterior   q(z_t | x_t) = Categorical^S(unimix(MLP(embed_t)))
-        dynamics    u_t = f(z_{t-1}, sigma_{t-1}, a_{t-1}),   sigma_t = softmax(u_t)
-        prior       p(z_t | ...) = Categorical^S(unimix(u_t))
-        heads       image, vector, reward, continue, each from z_t alone
+    posterior   q(z_t | x_t) = Categorical^S(unimix(MLP(embed_t)))
+    dynamics    u_t = f(z_{t-1}, sigma_{t-1}, a_{t-1}),   sigma_t = softmax(u_t)
+    prior       p(z_t | ...) = Categorical^S(unimix(u_t))
+    heads       image, vector, reward, continue, each from z_t alone
     """
 
     def __init__(self, sizes):
         super().__init__()
         self.sizes = sizes
-        Z, u = sizes.S * sizes.K, sizes.units
+        Z = sizes.S * sizes.K
+        units = sizes.units
         self.encoder = Encoder(sizes)
-        self.posterior_net = mlp(self.encoder.embed_size, u, 1, Z)
-        self.dynamics_net = mlp(2 * Z + sizes.action_size, u, 3, Z)
+        self.posterior_net = mlp(self.encoder.embed_size, units, 1, Z)
+        self.dynamics_net = mlp(2 * Z + sizes.action_size, units, 3, Z)
         self.initial_logits = nn.Parameter(torch.zeros(sizes.S, sizes.K))
         self.decoder = Decoder(sizes)
-        self.vector_head = mlp(Z, sizes.vector_units, sizes.vector_layers, sizes.vector_size)
-        self.reward_head = mlp(Z, u, 2, BINS, out_scale=0.0)
-        self.continue_head = mlp(Z, u, 2, 1)
+        self.vector_head = None
+        if sizes.vector_size:
+            self.vector_head = mlp(Z, sizes.vector_units, sizes.vector_layers, sizes.vector_size)
+        self.reward_head = mlp(Z, units, 2, BINS, out_scale=0.0)
+        self.continue_head = mlp(Z, units, 2, 1)
 
     def posterior(self, embed):
-        """embed (..., E) -> log-probabilities of q(z_t | x_t), (..., S, K), unimix included"""
+        """embed (..., E) -> log q(z_t | x_t), (..., S, K), unimix included"""
         return unimix(self.posterior_net(embed).unflatten(-1, (self.sizes.S, self.sizes.K)))
 
     def dynamics(self, z, sigma, action):
-        """f(z_{t-1}, sigma_{t-1}, a_{t-1}), (..., S, K), (..., S, K), (..., A) -> prior logits u_t (..., S, K)"""
-        action = action / action.abs().clamp(min=1.0)  # as the environment would clip it
-        u = self.dynamics_net(torch.cat([z.flatten(-2), sigma.flatten(-2), action], -1))
-        return u.unflatten(-1, (self.sizes.S, self.sizes.K))
+        """f: z, sigma (..., S, K) and action (..., A) of step t-1 -> logits u_t (..., S, K)"""
+        action = action / action.abs().clamp(min=1.0)  # into [-1, 1], as an environment clips it
+        inputs = torch.cat([z.flatten(-2), sigma.flatten(-2), action], -1)
+        return self.dynamics_net(inputs).unflatten(-1, z.shape[-2:])
 
-    def initial(self, batch):
-        """The learned state before the first step: sigma = softmax(w), z = its mode; each (batch, S, K)"""
+    def initial(self):
+        """The learned state before a first step: z, the mode, and sigma; (S, K) each"""
         sigma = self.initial_logits.softmax(-1)
         mode = F.one_hot(sigma.argmax(-1), self.sizes.K).to(sigma)
-        z = mode + sigma - sigma.detach()
-        return z.expand(batch, -1, -1), sigma.expand(batch, -1, -1)
+        return mode + sigma - sigma.detach(), sigma
+
+    def previous(self, z, action, is_first):
+        """z_{t-1} (B, T, S, K) and a_{t-1} (B, T, A) of each t; at first steps the initial ones.
+
+        Args: z (B, T, S, K), sampled from the posterior; action (B, T, A), a_t taken AT x_t;
+            is_first bool (B, T); t = 0 counts as a first step whatever it says.
+        Returns: z_prev, a_prev, first bool (B, T).
+        """
+        z0, _ = self.initial()
+        first = torch.cat([torch.ones_like(is_first[:, :1]), is_first[:, 1:]], 1)
+        z_prev = torch.where(first[..., None, None], z0, z.roll(1, 1))
+        a_prev = torch.where(first[..., None], 0.0, action.roll(1, 1))
+        return z_prev, a_prev, first
 
     def observe(self, z, action, is_first, dynamics=None):
-        """The recurrence of the belief over an observed sequence. Returns the prior logits u (B, T, S, K).
+        """The recurrence of the belief over an observed sequence -> prior logits u (B, T, S, K).
 
-        Args:
-            z: (B, T, S, K), sampled from the posterior.   action: (B, T, A), a_t taken AT x_t; so step t uses action[:, t-1].
-            is_first: bool (B, T). There, and at t = 0, the previous state is the initial one and the previous action zero.
-            dynamics: (z_{t-1}, sigma_{t-1}, a_{t-1}) -> u_t to use instead of f, e.g. the rectified one of redraw_adapt.py.
+        Args: as of `previous`; dynamics: (z_{t-1}, sigma_{t-1}, a_{t-1}) -> u_t instead of f.
         """
-        B, T = is_first.shape
-        z0, sigma0 = self.initial(B)
-        first = is_first[..., None, None]  # (B, T, 1, 1)
-        sigma, us = sigma0, []
-        for t in range(T):
-            if t == 0:
-                z_prev, sigma, a_prev = z0, sigma0, torch.zeros_like(action[:, 0])
-            else:
-                z_prev = torch.where(first[:, t], z0, z[:, t - 1])
-                sigma = torch.where(first[:, t], sigma0, sigma)
-                a_prev = torch.where(is_first[:, t, None], 0.0, action[:, t - 1])
-            u = (dynamics or self.dynamics)(z_prev, sigma, a_prev)
-            sigma = softmax(u)  # fed back at t+1
+        dynamics = dynamics or self.dynamics
+        z_prev, a_prev, first = self.previous(z, action, is_first)
+        _, sigma0 = self.initial()
+        sigma = sigma0
+        us = []
+        for t in range(z.shape[1]):
+            sigma = torch.where(first[:, t, None, None], sigma0, sigma)
+            u = dynamics(z_prev[:, t], sigma, a_prev[:, t])
+            sigma = softmax(u)
             us.append(u)
         return torch.stack(us, 1)
+
+    def open_loop(self, dynamics, z, action):
+        """A sampled rollout that sees the first frame alone: z_0 .. z_H, (n, H+1, S, K).
+
+        Args: dynamics, a Rectified; z (n, S, K), sampled from the posterior of x_0; action
+            (n, H, A), those that were really taken, a_0 .. a_{H-1}.
+        """
+        z_before, sigma_before = (x.expand(len(z), -1, -1) for x in self.initial())
+        nothing = torch.zeros(len(z), action.shape[-1], device=z.device)
+        sigma = softmax(dynamics(z_before, sigma_before, nothing))  # sigma_0, as in `observe`
+        zs = [z]
+        for a in action.unbind(1):
+            sigma = softmax(dynamics(zs[-1], sigma, a))
+            zs.append(sample_onehot(dynamics.prior(sigma)))
+        return torch.stack(zs, 1)
 
     def reward(self, z):
         """Predicted reward of arriving in z (..., S, K) -> (...)"""
         return twohot_mean(self.reward_head(z.flatten(-2)))
 
     def cont(self, z):
-        """Predicted probability that the episode goes on after arriving in z (..., S, K) -> (...)"""
+        """Predicted probability that the episode goes on after arriving in z (..., S, K)"""
         return self.continue_head(z.flatten(-2)).squeeze(-1).sigmoid()
 
 
+class Rectified(nn.Module):
+    """The latent dynamics of the target, one function (z, sigma, a) -> u (ReDRAW):
+
+    e_t = delta(z_{t-1}, a_{t-1}),   u_t = f(z_{t-1}, sigma_{t-1}, a_{t-1}) + e_t
+
+    Args: draw, the frozen world model; method: "residual", "replace" (u_t = e_t), or "none" and
+        "finetune" (u_t = f); hidden and layers of delta; inputs, what delta sees: "za", "za+sigma"
+        (sigma_{t-1} too) or "za+base" (softmax(f_t) too); members: deltas that are averaged.
+    """
+
+    def __init__(self, draw, method="none", hidden=256, layers=1, inputs="za", members=1):
+        super().__init__()
+        sizes = {"hidden": hidden, "layers": layers, "members": members}
+        self.options = {"method": method, "inputs": inputs, **sizes}
+        fits = all(type(n) is int and 0 < n <= 65536 for n in sizes.values())
+        fits &= method in ("residual", "replace", "none", "finetune")
+        if not fits or inputs not in ("za", "za+sigma", "za+base"):
+            raise ValueError(f"no such residual: {self.options}")
+        self.inputs = inputs
+        # A bound method, so that f's weights do not count as this module's.
+        self.f = draw.dynamics
+        self.uses_f = method != "replace"
+        self.uses_delta = method in ("residual", "replace")
+        Z = draw.sizes.S * draw.sizes.K
+        n_in = Z + draw.sizes.action_size + (0 if inputs == "za" else Z)
+        # A residual starts at zero, so training starts from the source's dynamics.
+        scale = 0.0 if method == "residual" else 1.0
+        n = members if self.uses_delta else 0
+        self.delta = nn.ModuleList(mlp(n_in, hidden, layers, Z, scale) for _ in range(n))
+
+    def base(self, z, sigma, action):
+        """f(z_{t-1}, sigma_{t-1}, a_{t-1}), (..., S, K); zeros where the method leaves f out"""
+        return self.f(z, sigma, action) if self.uses_f else torch.zeros_like(z)
+
+    def residuals(self, z, action, sigma=None, base=None):
+        """e_t of each member, (members, ..., S, K), from z (..., S, K) and action (..., A) of step
+        t-1; if `inputs` asks for it sigma of t-1 or base, f's own logits of t, (..., S, K)."""
+        inputs = [z.flatten(-2), action / action.abs().clamp(min=1.0)]
+        if self.inputs == "za+sigma":
+            inputs.append(sigma.flatten(-2))
+        if self.inputs == "za+base":
+            inputs.append(softmax(base).flatten(-2))
+        x = torch.cat(inputs, -1)
+        return torch.stack([delta(x).unflatten(-1, z.shape[-2:]) for delta in self.delta])
+
+    def residual(self, *inputs):
+        """e_t, the mean over members; (..., S, K)"""
+        return self.residuals(*inputs).mean(0)
+
+    def forward(self, z, sigma, action):
+        """u_t = f(z_{t-1}, sigma_{t-1}, a_{t-1}) + e_t, (..., S, K)"""
+        base = self.base(z, sigma, action)
+        return base + self.residual(z, action, sigma, base) if self.uses_delta else base
+
+    def log_prior(self, u):
+        """log p(z_t | ...), (..., S, K): no unimix on a rectified distribution, DRAW's keeps it."""
+        return log_softmax(u) if self.uses_delta else unimix(u)
+
+    def prior(self, sigma):
+        """p(z_t | ...), the same as probabilities, from sigma_t = softmax(u_t), (..., S, K)"""
+        return sigma if self.uses_delta else mix(sigma)
+
+
 class Actor(nn.Module):
-    """pi(a | z) = Normal(tanh(mu), 0.9 sigmoid(s + 2) + 0.1), not squashed. z alone, so that a deployed policy needs no dynamics."""
+    """pi(a | z) = Normal(tanh(mu), 0.9 sigmoid(s + 2) + 0.1), not squashed. From z alone, so that
+    a deployed policy needs no dynamics."""
 
     def __init__(self, sizes):
         super().__init__()
@@ -442,7 +426,8 @@ class Actor(nn.Module):
     def forward(self, z):
         """z (..., S, K) -> torch.distributions.Normal over (..., A)"""
         mu, s = self.net(z.flatten(-2)).chunk(2, -1)
-        return torch.distributions.Normal(torch.tanh(mu), 0.9 * torch.sigmoid(s + 2.0) + 0.1, validate_args=False)
+        std = 0.9 * torch.sigmoid(s + 2.0) + 0.1
+        return torch.distributions.Normal(torch.tanh(mu), std, validate_args=False)
 
 
 class Critic(nn.Module):
@@ -457,40 +442,65 @@ class Critic(nn.Module):
         return self.net(z.flatten(-2))
 
 
+class ActorCritic(nn.Module):
+    """What is trained in imagination: actor, critic, the critic's slow copy, the returns' range."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.actor = Actor(sizes)
+        self.critic = Critic(sizes)
+        self.slow_critic = Critic(sizes)
+        self.slow_critic.load_state_dict(self.critic.state_dict())
+        self.register_buffer("range", torch.zeros(()))
+
+    @torch.no_grad()
+    def update_slow_critic(self):
+        """slow = 0.98 slow + 0.02 critic, after each update"""
+        for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters(), strict=True):
+            slow.lerp_(fast, 0.02)
+
+
 class Policy(nn.Module):
-    """x_t -> a_t: encoder, posterior, actor. All that deployment needs. Given a world model and an actor, it shares their modules."""
+    """x_t -> a_t: encoder, posterior, actor, all that deployment needs. It shares the modules of a
+    given world model and actor."""
 
     def __init__(self, sizes, draw=None, actor=None):
         super().__init__()
-        self.sizes, self.actor = sizes, actor or Actor(sizes)
-        self.encoder = draw.encoder if draw else Encoder(sizes)
-        self.posterior_net = draw.posterior_net if draw else mlp(self.encoder.embed_size, sizes.units, 1, sizes.S * sizes.K)
+        self.sizes = sizes
+        self.actor = actor or Actor(sizes)
+        draw = draw or DRAW(sizes)
+        self.encoder = draw.encoder
+        self.posterior_net = draw.posterior_net
 
     posterior = DRAW.posterior
 
     @torch.no_grad()
     def __call__(self, image, vector):
-        """image uint8 (n, L, L, 3), vector float32 (n, V), NumPy -> sampled actions (n, A) in [-1, 1]"""
+        """image uint8 (n, L, L, C), vector float32 (n, V), NumPy -> actions (n, A) in [-1, 1]"""
         device = next(self.parameters()).device
-        embed = self.encoder(torch.as_tensor(image, device=device), torch.as_tensor(vector, device=device))
-        action = self.actor(sample_onehot(self.posterior(embed).exp())).sample()
-        return action.clamp(-1, 1).cpu().numpy()
+        image = torch.as_tensor(image, device=device)
+        vector = torch.as_tensor(vector, device=device)
+        z = sample_onehot(self.posterior(self.encoder(image, vector)).exp())
+        return self.actor(z).sample().clamp(-1, 1).cpu().numpy()
 
 
-# ---- Files: datasets and checkpoints -------------------------------------------------------------
+# ---- Files: datasets, the replay, checkpoints -------------------------------------------------
 
 
 def write_atomically(path, write):
-    """Calls write(file) on a temporary file, then renames it: no half file is ever seen. UserError if the disk is full, ...: the old one stays."""
+    """Calls write(file) on a temporary file, then renames it, so no half file is ever seen.
+    UserError: it can't be written; the old file stays."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")  # one name, so that killed runs leave no more than one
-    with explained(f"can't write {path}", (OSError, RuntimeError)):  # torch.save turns a full disk into a RuntimeError
+    temporary = path.with_name(f".{path.name}.part")
+    # torch.save turns a full disk into a RuntimeError.
+    with explained(f"can't write {path}", (OSError, RuntimeError)):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
                 write(file)
                 file.flush()
-                os.fsync(file.fileno())  # on the disk before the name: also a power cut leaves the old file or the new one
+                # On the disk before the name: a power cut leaves the old file or the new one.
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -501,66 +511,197 @@ def save_dataset(path, rows):
     write_atomically(path, lambda file: np.savez_compressed(file, **rows))
 
 
-ARRAYS = {  # of a dataset
-    "image": np.uint8, "vector": np.float32, "action": np.float32, "reward": np.float32, "is_first": bool, "is_last": bool, "is_terminal": bool,
-}  # fmt: skip
+# The arrays of a dataset that the stages read; a replay holds "reward" too.
+ARRAYS = {"image": np.uint8, "vector": np.float32, "action": np.float32}
+ARRAYS |= dict.fromkeys(("is_first", "is_last", "is_terminal"), bool)
+# Names of the ReDRAW authors' datasets for `vector`.
+VECTOR_NAMES = ("vector", "image_complement", "yaw_and_forward_vel")
 
 
 def read_npz(file, keys):
-    """Those of `keys` that a .npz file holds, as arrays; the authors' names are put right."""
-    renamed = {"image_complement": "vector", "yaw_and_forward_vel": "vector"}
-    with explained(f"{file} can't be read as a .npz dataset; is it complete?"), np.load(file, allow_pickle=False) as npz:
-        return {renamed.get(k, k): np.asarray(npz[k]) for k in npz.files if renamed.get(k, k) in keys}
+    """Those of `keys` that a .npz file holds, as arrays. Of a DreamerV3 chunk, named
+    TIME-UUID-SUCCESSOR-ROWS.npz, only the first ROWS rows hold data."""
+    parts = Path(file).stem.split("-")
+    rows = int(parts[3]) if len(parts) == 4 and parts[3].isdigit() else None
+    arrays = {}
+    problem = f"{file} can't be read as a .npz dataset; is it complete?"
+    with explained(problem), np.load(file, allow_pickle=False) as npz:
+        for key in keys:
+            names = VECTOR_NAMES if key == "vector" else (key,)
+            for name in [name for name in names if name in npz.files][:1]:
+                arrays[key] = np.asarray(npz[name])[:rows]
+    return arrays
 
 
-def load_dataset(path, image_size=None, vector_size=None, action_size=None):
-    """Reads a dataset: one .npz file, or a folder of .npz files, each the start of a new sequence.
+def read_rows(file, sizes):
+    """The rows of one file of a dataset with the right types; UserError names what is wrong."""
+    V = sizes.vector_size
+    rows = read_npz(file, ARRAYS if V else set(ARRAYS) - {"vector"})
+    needed = ["image", "action", "is_first", "vector"][: 4 if V else 3]
+    missing = [key for key in needed if key not in rows]
+    if missing:
+        has = ", ".join(sorted(rows)) or "nothing of use"
+        raise UserError(f"{file} lacks {', '.join(missing)}; it has {has}")
+    n = rows["is_first"].size
+    image_shape = (sizes.image_size, sizes.image_size, sizes.channels)
+    shapes = {"image": image_shape, "vector": (V,), "action": (sizes.action_size,)}
+    for key, dtype in ARRAYS.items():
+        shape = (n, *shapes.get(key, ()))
+        value = rows.get(key, np.zeros((n, 0) if key == "vector" else n, bool))
+        number = value.dtype == np.uint8 if key == "image" else value.dtype.kind in "biuf"
+        if not number or value.shape != shape or n == 0:
+            wanted = f"{np.dtype(dtype)} {shape}, of 1 row at least"
+            raise UserError(f"{file}: {key} must be {wanted}; it is {value.dtype} {value.shape}")
+        # What is too large for float32 becomes infinite.
+        with np.errstate(over="ignore"):
+            rows[key] = value.astype(dtype, copy=False)
+        if dtype == np.float32 and not np.isfinite(rows[key]).all():
+            row = np.argwhere(~np.isfinite(rows[key]))[0][0]
+            raise UserError(f"{file}: {key} holds NaN or infinity, first in row {row}")
+    # A reset follows the end of an episode, whether the recorder marked it or not.
+    ended = rows["is_last"] | rows["is_terminal"]
+    rows["is_first"] = rows["is_first"] | np.append(True, ended[:-1])
+    return rows
 
-    Row t holds x_t, the reward on ARRIVING at x_t, and the action taken AT x_t (DreamerV3's convention); the models clip it to [-1, 1], as an
-    environment would. The authors' key names `image_complement` and `yaw_and_forward_vel` are read as `vector`; unknown keys are ignored.
 
-    Returns: dict of image uint8 (N, L, L, 3), vector float32 (N, V), action float32 (N, A), is_first, is_last, is_terminal bool (N,),
-    and reward float32 (N,) if every file has one. UserError: no such file, not a dataset, other sizes than asked for, NaN.
+def check_actions(path, rows):
+    """UserError if actions seem to be those that LED to their row; a warning if many are large."""
+    action = rows["action"]
+    first = rows["is_first"]
+    last = np.append(first[1:], True)
+    if first.sum() >= 3 and not action[first].any() and action[last].any():
+        raise UserError(
+            f"{path}: all first rows' actions are 0 and last rows' are not, so a row seems to hold "
+            "the action that LED to it, not the one taken AT it; --actions-lead reads such data"
+        )
+    largest = np.abs(action).max(-1)
+    share = np.mean(largest > 1.0 + 1e-6)
+    if share > 0.01:
+        print(
+            f"warning: {path}: {share:.0%} of the actions lie outside [-1, 1], up to "
+            f"{largest.max():.3g}, and are clipped; are they in other units?"
+        )
+
+
+def load_dataset(path, sizes, newest=None, actions_lead=False):
+    """Reads a dataset: a .npz file, or a folder of them, each the start of a new sequence.
+
+    Row t holds x_t and the action taken AT x_t (DreamerV3's convention). Unknown keys are ignored,
+    rewards are not read.
+
+    Args: sizes, the Sizes that the arrays must have; newest: at most so many rows, from the end,
+        without reading files before them; actions_lead: row t holds the action that LED to x_t.
+    Returns: dict of arrays: image uint8 (N, L, L, C), vector float32 (N, V), action float32 (N, A),
+        is_first, is_last, is_terminal bool (N,).
+    Raises UserError: no such file, not a dataset, other sizes, NaN, another convention of actions.
     """
     path = Path(path)
-    files = sorted(path.glob("*.npz")) if os.path.isdir(path) else [path]
-    if not files or not all(map(os.path.isfile, files)):
+    files = sorted(path.glob("[!.]*.npz")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
         raise UserError(f"no dataset at {path}: expected a .npz file or a folder of them")
-    rows = sum(read_npz(f, ["is_first"]).get("is_first", np.zeros(0)).size for f in files)
-    dataset, filled = {}, 0
-    for file in files:
-        chunk = read_npz(file, ARRAYS)
-        if missing := {"image", "vector", "action", "is_first"} - set(chunk):
-            raise UserError(f"{file} lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(chunk)) or 'nothing of use'}")
-        n = chunk["is_first"].size
-        if n < 1 or rows < 2:
-            raise UserError(f"{file}: a dataset needs 2 rows at least and each file 1, is_first has {n}")
-        chunk = {"is_last": np.zeros(n, bool), "is_terminal": np.zeros(n, bool)} | chunk
-        # Sizes that were not asked for are the first file's; 0, which is refused, where an array has no such dimension.
-        image_size, vector_size, action_size = (
-            size or (*chunk[key].shape, 0, 0)[1] for key, size in (("image", image_size), ("vector", vector_size), ("action", action_size))
-        )
-        shapes = {"image": (n, image_size, image_size, 3), "vector": (n, vector_size), "action": (n, action_size)}
-        for key, value in chunk.items():
-            dtype, shape = ARRAYS[key], shapes.get(key, (n,))
-            number = value.dtype == np.uint8 if key == "image" else value.dtype.kind in "biuf"
-            if not number or value.shape != shape or 0 in shape:
-                raise UserError(f"{file}: {key} must be {np.dtype(dtype)} {shape}, it is {value.dtype} {value.shape}")
-            with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite
-                chunk[key] = value.astype(dtype, copy=False)
-            if key != "image" and not (finite := np.isfinite(value) & np.isfinite(chunk[key])).all():
-                raise UserError(f"{file}: {key} holds NaN or infinity, first in row {np.argwhere(~finite)[0][0]}")
-        # A reset follows the end of an episode, whether the recorder marked it or not.
-        chunk["is_first"] = chunk["is_first"] | np.append(True, chunk["is_last"][:-1])
-        if len(files) == 1:
-            return chunk
-        if filled == 0:  # one array for all files, so that the images are in memory only once
-            dataset = {k: np.empty((rows, *v.shape[1:]), v.dtype) for k, v in chunk.items()}
-        dataset = {k: v for k, v in dataset.items() if k in chunk}
-        for key, value in dataset.items():
-            value[filled : filled + n] = chunk[key]
-        filled += n
+    counts = []
+    for file in reversed(files):
+        if not newest or sum(counts) < newest:
+            counts.insert(0, read_npz(file, ["is_first"]).get("is_first", np.zeros(0)).size)
+    files = files[-len(counts) :]
+    # One array for all files, so that the images are in memory only once.
+    dataset = {}
+    for file, begin in zip(files, np.cumsum([0, *counts[:-1]]), strict=True):
+        for key, value in read_rows(file, sizes).items():
+            if key not in dataset:
+                dataset[key] = np.empty((sum(counts), *value.shape[1:]), value.dtype)
+            dataset[key][begin : begin + len(value)] = value
+    if newest:
+        dataset = {key: value[-newest:] for key, value in dataset.items()}
+        dataset["is_first"][0] = True
+    if len(dataset["is_first"]) < 2:
+        raise UserError(f"{path}: a dataset needs 2 rows at least")
+    if actions_lead:
+        last = np.append(dataset["is_first"][1:], True)
+        action = np.roll(dataset["action"], -1, axis=0)
+        dataset["action"] = np.where(last[:, None], np.float32(0.0), action)
+    check_actions(path, dataset)
     return dataset
+
+
+class Replay:
+    """A ring of rows per environment, in the convention of load_dataset, with rewards."""
+
+    def __init__(self, rows, n_envs, sizes):
+        self.length = max(rows // n_envs, 2)
+        image_shape = (sizes.image_size, sizes.image_size, sizes.channels)
+        shapes = {"image": image_shape, "vector": (sizes.vector_size,)}
+        shapes["action"] = (sizes.action_size,)
+        # np.empty takes no memory until a row is written.
+        self.data = {
+            key: np.empty((n_envs, self.length, *shapes.get(key, ())), dtype)
+            for key, dtype in (ARRAYS | {"reward": np.float32}).items()
+        }
+        self.added = 0  # rows ever written, per environment
+        self.saved = 0  # of these, rows that are in files
+
+    def __len__(self):
+        return min(self.added, self.length)
+
+    def add(self, **row):
+        """One row of every environment; each value (n_envs, ...)."""
+        for key, value in row.items():
+            self.data[key][:, self.added % self.length] = value
+        self.added += 1
+
+    def sample(self, B, T, device, rewarded=0.0):
+        """Random sequences, dict of tensors (B, T, ...). They may cross episode borders. A share
+        `rewarded` of them holds a row with another reward than the usual one, if there is any."""
+        oldest = self.added - len(self)
+        env = np.random.randint(0, len(self.data["reward"]), B)
+        start = np.random.randint(0, len(self) - T + 1, B)
+        n = round(rewarded * B)
+        if n:
+            reward = self.data["reward"][:, : len(self)]
+            usual = np.median(reward[:, :: max(1, len(self) // 1000)])
+            paid_env, paid_row = np.nonzero(reward != usual)
+            if len(paid_row):
+                pick = np.random.randint(0, len(paid_row), n)
+                age = (paid_row[pick] - oldest) % self.length  # rows since the oldest one
+                env[:n] = paid_env[pick]
+                start[:n] = np.clip(age - np.random.randint(0, T, n), 0, len(self) - T)
+        rows = (oldest + start[:, None] + np.arange(T)) % self.length  # (B, T)
+        flat = torch.from_numpy((env[:, None] * self.length + rows).flatten())
+        batch = {}
+        for key, data in self.data.items():
+            # index_select is a memory copy a row, many times faster than NumPy's indexing.
+            value = torch.from_numpy(data).flatten(0, 1).index_select(0, flat)
+            batch[key] = to_device(value, device).unflatten(0, (B, T))
+        return batch
+
+    def save(self, folder):
+        """Writes the rows since the last save, a file per environment named by its first row;
+        deletes files whose rows have all left the ring."""
+        begin = max(self.saved, self.added - len(self))
+        rows = np.arange(begin, self.added) % self.length
+        for env in range(len(self.data["reward"]) if len(rows) else 0):
+            chunk = {key: data[env, rows] for key, data in self.data.items()}
+            save_dataset(Path(folder) / f"env{env:03d}-{begin:010d}.npz", chunk)
+        self.saved = self.added
+        begins = sorted({file.stem[7:] for file in Path(folder).glob("env*.npz")})
+        for begin, end in zip(begins[:-1], begins[1:], strict=True):
+            if int(end) <= self.added - len(self):
+                for file in Path(folder).glob(f"env*-{begin}.npz"):
+                    file.unlink()
+
+    def load(self, folder, added):
+        """Reads back what `save` wrote by the time that `added` rows had been added. Less, if this
+        process of several was killed before its save."""
+        ends = [0] * len(self.data["reward"])
+        for file in sorted(Path(folder).glob("env*.npz")):
+            chunk = read_npz(file, self.data)
+            env = int(file.stem[3:6])
+            begin = int(file.stem[7:])
+            ends[env] = min(begin + len(chunk["reward"]), added)
+            rows = np.arange(begin, ends[env])
+            for key, data in self.data.items():
+                data[env, rows % self.length] = chunk[key][: len(rows)]
+        self.added = self.saved = min(ends)
 
 
 def save_checkpoint(path, **contents):
@@ -569,223 +710,467 @@ def save_checkpoint(path, **contents):
 
 
 def load_checkpoint(path, stages, device="cpu"):
-    """Reads a checkpoint of one of `stages`, e.g. ("draw_pretrain",), with weights_only=True: a stranger's file can't run code.
-    UserError: no such file, not a checkpoint of this project, or one of another stage."""
-    makers = " or ".join(f"{s}.py" for s in stages)
-    with explained(f"{path} is not a checkpoint of this project, or it is damaged; make one with {makers}"):
-        with warnings.catch_warnings(action="ignore"):  # of a foreign file
-            checkpoint = {"args": {}, **torch.load(path, map_location=device, weights_only=True), "file": str(path)}
+    """Reads a checkpoint of one of `stages`; weights_only, so a stranger's file can't run code.
+    UserError: no such file, not a checkpoint of this project, or of another stage."""
+    makers = " or ".join(f"{stage}.py" for stage in stages)
+    with explained(f"{path} is not a checkpoint of this project; make one with {makers}"):
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = {"args": {}, **checkpoint, "file": str(path)}
         stage = checkpoint["stage"]
     if stage not in stages:
         raise UserError(f"{path} was written by {stage}.py; this needs one from {makers}")
     return checkpoint
 
 
-def load_module(checkpoint, key, make, device):
-    """The network make() with the weights that a checkpoint holds as `key`, frozen. UserError if they don't fit or are not finite."""
-    with explained(f"{checkpoint['file']} is damaged: '{key}' is missing, does not fit the sizes or is not finite"):
-        with torch.device("meta"):  # takes no memory, whatever sizes the file asks for
-            wants = make().state_dict()
+def load_module(checkpoint, key, make, device="cpu"):
+    """The network make() with the weights that a checkpoint holds as `key`, frozen.
+    UserError: they don't fit or are not finite."""
+    file = checkpoint["file"]
+    with explained(f"{file} is damaged: '{key}' is missing, does not fit or is not finite"):
+        # On "meta" a network takes no memory, whatever sizes the file asks for.
+        with torch.device("meta"):
+            wanted = make().state_dict()
         weights = checkpoint[key]
-        for name in {**wants, **weights}:
-            if (weights[name].shape, weights[name].dtype) != (wants[name].shape, wants[name].dtype) or not weights[name].isfinite().all():
+        for name in {**wanted, **weights}:
+            if weights[name].shape != wanted[name].shape or not weights[name].isfinite().all():
                 raise ValueError(name)
     module = make().to(device)
     module.load_state_dict(weights)
     return module.requires_grad_(False).eval()
 
 
-def load_draw(checkpoint, device):
+def load_draw(checkpoint, device="cpu"):
     """The world model of a checkpoint, frozen."""
     return load_module(checkpoint, "draw", lambda: DRAW(Sizes(**checkpoint["sizes"])), device)
+
+
+def load_rectified(checkpoint, draw, device="cpu"):
+    """The dynamics of a checkpoint of stage 1 (f alone) or 2 (rectified), frozen."""
+    if checkpoint["stage"] == "draw_pretrain":
+        return Rectified(draw)
+    options = checkpoint.get("rectified_options", {})
+    return load_module(checkpoint, "rectified", lambda: Rectified(draw, **options), device)
 
 
 def load_policy(path, device="cpu"):
     """The policy of a checkpoint of train_policy.py, ready to act."""
     checkpoint = load_checkpoint(path, ("train_policy",), device)
-    policy = load_module(checkpoint, "policy", lambda: Policy(Sizes(**checkpoint["sizes"])), device)
+    sizes = checkpoint["sizes"]
+    policy = load_module(checkpoint, "policy", lambda: Policy(Sizes(**sizes)), device)
     return policy.to(memory_format=torch.channels_last)  # the faster one for a single image
 
 
-# ---- Runs: seeds, devices, logs ------------------------------------------------------------------
+# ---- Environments ------------------------------------------------------------------------------
+
+
+class DMCEnv(gym.Env):
+    """A DeepMind Control task through its stock camera, with optionally changed dynamics.
+
+    Observation: image, uint8 (L, L, 3), and vector, float32 (V,), the velocities (rad/s, m/s);
+    with `stack` image alone: the last `stack` frames in grey, uint8 (L, L, stack).
+    Action: (A,) in [-1, 1], held for `action_repeat` frames of physics. The reward is that of the
+    LAST frame, so 1000 frames return at most 500. Never terminal.
+
+    Args: domain, task: names in dm_control.suite; reverse_actions: apply -a instead of a;
+        wrench: (body, constant force in N and torque in N·m, 6 numbers); image_size: L, below 64
+        the 64-pixel image is averaged down; look: "stock", or "fast": without multisampling,
+        shadows and reflections, which take nine tenths of the time.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 25}
+
+    def __init__(
+        self, domain, task, reverse_actions=False, wrench=None, image_size=64, action_repeat=2,
+        look="fast", stack=0, render_mode="rgb_array",
+    ):  # fmt: skip
+        if sys.platform.startswith("linux"):
+            os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+        apt = "apt-get install libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri"
+        with explained(f"dm_control does not load; on Debian: {apt}", ImportError):
+            # Not above: other environments do without, and --help stays quick.
+            from dm_control import suite
+            from dm_control.mujoco.engine import Camera
+
+        # The time limit is gymnasium's alone.
+        self.dmc = suite.load(domain, task, task_kwargs={"time_limit": float("inf")})
+        self.physics = self.dmc.physics
+        self.sign = -1.0 if reverse_actions else 1.0
+        self.wrench = wrench
+        self.action_repeat = action_repeat
+        self.image_size = image_size
+        self.render_mode = render_mode
+        self.shrink = max(1, 64 // image_size)
+        self.frames = np.zeros((image_size, image_size, stack), np.uint8)
+        if look == "fast":
+            self.physics.model.vis.quality.offsamples = 0
+        side = image_size * self.shrink
+        self.camera = Camera(self.physics, height=side, width=side, camera_id=0)
+        if look == "fast":
+            self.camera.scene.flags[SHADOW] = 0
+            self.camera.scene.flags[REFLECTION] = 0
+        self.bounds = self.dmc.action_spec()
+        self.action_space = gym.spaces.Box(-1.0, 1.0, self.bounds.shape, np.float32)
+        shape = (image_size, image_size, stack or 3)
+        spaces = {"image": gym.spaces.Box(0, 255, shape, np.uint8)}
+        if not stack:
+            velocities = self.physics.velocity().shape
+            spaces["vector"] = gym.spaces.Box(-np.inf, np.inf, velocities, np.float32)
+        self.observation_space = gym.spaces.Dict(spaces)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.dmc.task.random.seed(seed)
+        self.dmc.reset()
+        if self.frames.size:
+            self.frames[:] = self.grey()
+        return self.observe(), {}
+
+    def step(self, action):
+        action = self.sign * np.clip(np.asarray(action, np.float64), -1.0, 1.0)
+        low = self.bounds.minimum
+        action = low + (action + 1.0) / 2.0 * (self.bounds.maximum - low)
+        for _ in range(self.action_repeat):
+            if self.wrench is not None:  # a reset clears it
+                self.physics.named.data.xfrc_applied[self.wrench[0]] = self.wrench[1]
+            timestep = self.dmc.step(action)
+        if self.frames.size:
+            self.frames = np.concatenate([self.frames[..., 1:], self.grey()], -1)
+        return self.observe(), float(timestep.reward), False, False, {}
+
+    def observe(self):
+        if self.frames.size:
+            return {"image": self.frames}
+        return {"image": self.render(), "vector": self.physics.velocity().astype(np.float32)}
+
+    def grey(self):
+        return self.render().mean(-1, keepdims=True).astype(np.uint8)
+
+    def render(self):
+        image = self.camera.render()
+        if self.shrink > 1:
+            small = (self.image_size, self.shrink, self.image_size, self.shrink, 3)
+            image = image.reshape(small).mean((1, 3)) + 0.5
+        return image.astype(np.uint8)
+
+    def close(self):
+        self.dmc.close()
+
+
+SHADOW, REFLECTION = 0, 2  # mujoco.mjtRndFlag
+REVERSED = {"reverse_actions": True}
+WINDY = {"wrench": ("ball", (-2.0, 0.0, 0.0, 0.0, 0.0, 0.0))}
+TORQUE = {"wrench": ("spinner", (0.0, 0.0, 0.0, 0.0, 4.0, 0.0))}
+# The paper's four pairs: name, domain, task, the target's suffix, what differs there. Then the
+# pendulum without velocities: they can be seen in three frames, and not in one.
+PAIRS = (
+    ("PendulumSwingup", "pendulum", "swingup", "Reversed", REVERSED, {}),
+    ("BallInCupCatch", "ball_in_cup", "catch", "Windy", WINDY, {}),
+    ("FingerTurnHard", "finger", "turn_hard", "Torque", TORQUE, {}),
+    ("ReacherEasy", "reacher", "easy", "Reversed", REVERSED, {}),
+    ("PendulumSwingupImages", "pendulum", "swingup", "Reversed", REVERSED, {"stack": 3}),
+    ("PendulumSwingupImage", "pendulum", "swingup", "Reversed", REVERSED, {"stack": 1}),
+)
+for name, domain, task, suffix, target, both in PAIRS:
+    for env_id, changes in ((f"redraw/{name}-v0", {}), (f"redraw/{name}{suffix}-v0", target)):
+        kwargs = {"domain": domain, "task": task, **both, **changes}
+        limits = {"max_episode_steps": 500, "disable_env_checker": True}
+        gym.register(env_id, DMCEnv, kwargs=kwargs, **limits)
+
+
+class Plain(gym.Wrapper):
+    """An environment without infos, which nobody reads, and with an empty vector if it has none.
+    UserError if a vector, a reward or an action is NaN or infinite."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.steps = 0
+        empty = gym.spaces.Box(-1.0, 1.0, (0,), np.float32)
+        self.observation_space = gym.spaces.Dict({"vector": empty, **env.observation_space.spaces})
+
+    def checked(self, obs, **values):
+        obs = {"vector": np.zeros(0, np.float32), **obs}
+        for name, value in {"vector": obs["vector"], **values}.items():
+            if not np.isfinite(value).all():
+                env_id = self.spec.id
+                raise UserError(f"{env_id}: {name} is NaN or infinite after {self.steps} steps")
+        return obs
+
+    def reset(self, **kwargs):
+        return self.checked(self.env.reset(**kwargs)[0]), {}
+
+    def step(self, action):
+        self.steps += 1
+        self.checked({}, action=action)
+        obs, reward, *ends, _ = self.env.step(action)
+        return self.checked(obs, reward=reward), reward, *ends, {}
+
+
+def make_env(env_id, worker=False, **kwargs):
+    """gymnasium.make. A `worker` process finds it here, so it has this file's registrations."""
+    if worker and multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which saves first
+    return Plain(gym.make(env_id, **kwargs))
+
+
+def check_env(env_id, env):
+    """UserError unless the spaces suit DRAW, and one reset and one step keep to them."""
+    spaces = (
+        dict(env.observation_space) if isinstance(env.observation_space, gym.spaces.Dict) else {}
+    )
+    act = env.action_space
+    L = (getattr(spaces.get("image"), "shape", None) or [0])[0]
+    image_fits = L >= 16 and L & (L - 1) == 0 and len(spaces["image"].shape) == 3
+    image_fits = image_fits and spaces["image"].shape[1] == L and spaces["image"].dtype == np.uint8
+    vector = spaces.get("vector", gym.spaces.Box(-1, 1, (1,), np.float32))
+    vector_fits = vector.dtype == np.float32 and len(vector.shape) == 1
+    if not image_fits or not vector_fits or not set(spaces) <= {"image", "vector"}:
+        raise UserError(
+            f"{env_id}: observations must be a Dict of image, uint8 (L, L, C) with L = 16, 32, "
+            f"64, ..., and, if there is one, vector, float32 (V,); they are {env.observation_space}"
+        )
+    boxes = [gym.spaces.Box(-1, 1, act.shape, kind) for kind in (np.float16, np.float32, float)]
+    if act not in boxes or len(act.shape) != 1 or act.shape == (0,):
+        raise UserError(
+            f"{env_id}: the action space must be Box(-1, 1, (A,)), it is {act}; "
+            "gymnasium.wrappers.RescaleAction can make it so"
+        )
+    first, _ = env.reset(seed=0)
+    outcome = env.step(np.zeros(act.shape, act.dtype))
+    if len(outcome) != 5 or np.shape(outcome[1]) != ():
+        raise UserError(
+            f"{env_id}: step must return five values, the second one number, the reward; it "
+            f"returned {len(outcome)}, the reward of shape {np.shape(outcome[1])}"
+        )
+    for name, space in spaces.items():
+        for value in (first[name], outcome[0][name]):
+            if (value.dtype, value.shape) != (space.dtype, space.shape):
+                raise UserError(
+                    f"{env_id}: {name} must be {space.dtype} {space.shape}, as its space says; "
+                    f"it is {value.dtype} {value.shape}"
+                )
+
+
+def make_envs(env_id, n, image_size=None, episode_steps=None, parallel=False, look="fast"):
+    """n copies of one environment, stepped together. The step after the end of an episode resets
+    that copy, ignores its action and returns the next episode's first observation with reward 0.
+
+    Args: image_size and look of this project's environments, others come with their own;
+        episode_steps, a shorter time limit than the environment's; parallel: each in a process.
+    Raises UserError: unknown id, or it does not suit DRAW.
+    """
+    kwargs = {}
+    if env_id.split(":")[-1].startswith("redraw/"):
+        kwargs = {"image_size": image_size or 64}
+        kwargs |= {} if "Duckietown" in env_id else {"look": look}
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where a user's module may lie
+    known = ", ".join(name for name in gym.registry if name.startswith("redraw/"))
+    try:
+        env = gym.make(env_id, **kwargs)
+    except Exception as e:
+        raise UserError(
+            f"can't make environment '{env_id}': {type(e).__name__}: {e}; any is given as "
+            f"module:id, the module here or in PYTHONPATH; this project's are {known}"
+        ) from e
+    check_env(env_id, env)
+    env.close()
+    own = env.spec.max_episode_steps
+    if episode_steps and (own is None or episode_steps < own):
+        print(f"episodes end after {episode_steps} steps; the environment's own limit is {own}")
+        kwargs["max_episode_steps"] = episode_steps
+    with explained(f"can't make {n} copies of '{env_id}'; try --n-envs 1"):
+        if parallel:  # spawned, because a fork would share the GPU and the renderer
+            make = partial(make_env, env_id, worker=True, **kwargs)
+            return gym.vector.AsyncVectorEnv([make] * n, context="spawn")
+        return gym.vector.SyncVectorEnv([partial(make_env, env_id, **kwargs)] * n)
+
+
+def sizes_of(envs, **networks):
+    """The Sizes of an environment's observations and actions, and of `networks`"""
+    L, _, C = envs.single_observation_space["image"].shape
+    V = envs.single_observation_space["vector"].shape[0]
+    A = envs.single_action_space.shape[0]
+    return Sizes(image_size=L, channels=C, vector_size=V, action_size=A, **networks)
+
+
+def check_sizes(env_id, envs, sizes):
+    """UserError if an environment's observations and actions are not those of a checkpoint."""
+    here = sizes_of(envs)
+    for name in ("image_size", "channels", "vector_size", "action_size"):
+        if getattr(here, name) != getattr(sizes, name):
+            raise UserError(
+                f"{env_id}: {name} is {getattr(here, name)}, the checkpoint was trained with "
+                f"{getattr(sizes, name)}"
+            )
+
+
+def held_noise(previous, hold, gain=1.0):
+    """Random actions, uniform over [-gain, gain], clipped to [-1, 1], each held for `hold` steps on
+    average; float32 (n, A) from the last ones. Independent ones average out over a swing."""
+    fresh = np.random.uniform(-gain, gain, previous.shape).clip(-1, 1).astype(np.float32)
+    return np.where(np.random.rand(len(previous), 1) < 1.0 / hold, fresh, previous)
+
+
+# ---- Runs: seeds, devices, the run folder --------------------------------------------------------
 
 
 def seed_everything(seed):
     """Seeds Python, NumPy and PyTorch; environments are seeded in their reset."""
-    if not 0 <= seed < 2**31:  # environments get sums of it and other numbers, which must stay below 2^32
-        raise UserError(f"--seed must be from 0 to 2^31 - 1, it is {seed}")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
-def pick_device(name):
-    """'auto' is CUDA where there is one, else the CPU."""
-    torch.set_flush_denormal(True)  # CPUs are many times slower on the tiny numbers that Adam leaves behind
-    if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc would give back, and fault in again, each large tensor
+def prepare(args):
+    """Seeds with args.seed and returns the torch.device of args.device; "auto" is CUDA where there
+    is one, else the CPU. From here on Ctrl-C ends the script with one line."""
+    check_range(args, 0, 2**31 - 1, "seed")
+    seed_everything(args.seed)
+    name = args.device
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda *_: stop("interrupted"))
+    # CPUs are many times slower on the tiny numbers that Adam leaves behind.
+    torch.set_flush_denormal(True)
+    if os.name == "posix" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc would give back each large tensor and fault it in again.
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30), libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 32 << 20)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process a GPU of its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: each process has its own
     with explained(f"--device {name} can't be used here, try auto or cpu"):
         torch.zeros((), device=name).item()  # the device "meta" holds no numbers
-        if torch.device(name).type == "cuda":
-            torch.cuda.set_device(name)
     return torch.device(name)
 
 
 def to_device(value, device):
-    """A CPU tensor on `device`; on CUDA through pinned memory, so that the host goes on while it is copied."""
-    pinned = torch.device(device).type == "cuda" and value.device.type == "cpu"
-    return (value.pin_memory() if pinned else value).to(device, non_blocking=True)
+    """A CPU tensor on `device`; on CUDA through pinned memory, so that the host goes on."""
+    if torch.device(device).type == "cuda":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
-def check_range(args, low, high, *names):
-    """Raises UserError for a flag that is not from low to high, or is NaN; one that is None was not given."""
-    for name in names:
-        if (value := getattr(args, name)) is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} must be from {low} to {high}, it is {value}")
+def stop(text):
+    """Ends the script from a signal handler, where print is not allowed."""
+    os.write(2, f"\n{text}; the same command with --resume goes on from the last save\n".encode())
+    raise SystemExit(130)
 
 
-class Interrupt:
-    """Ctrl-C and SIGTERM end the script with one line; while `waits` is true they only set `asked`, so that a training loop can save."""
-
-    def __init__(self):
-        self.waits = self.asked = False
-        signal.signal(signal.SIGINT, self.handle)
-        signal.signal(signal.SIGTERM, self.handle)
-
-    def handle(self, *_):
-        if not self.waits or self.asked:  # a second one does not wait
-            self.stop("interrupted")
-        self.asked = True
-
-    def stop(self, text):
-        os.write(2, f"\n{text}; the same command with --resume goes on from the last save\n".encode())  # print is not for signal handlers
-        raise SystemExit(130)
+def checksum(path):
+    """A number from the contents of a checkpoint or a dataset, wherever they lie"""
+    files = sorted(Path(path).glob("*.npz")) if Path(path).is_dir() else [Path(path)]
+    sums = []
+    for file in filter(zipfile.is_zipfile, files):  # .npz and .pt hold a sum of each member
+        sums += [(Path(item.filename).name, item.CRC) for item in zipfile.ZipFile(file).infolist()]
+    return zlib.crc32(repr(sums).encode())
 
 
-def save_state(logger, modules, **contents):
-    """Saves a run in progress for --resume: modules (dict of name -> what has a state dict), contents, the logs' length, all random generators."""
-    _, keys, *position = np.random.get_state()  # plain numbers: files are read with weights_only=True
-    rng = {"python": random.getstate(), "numpy": (keys.tolist(), *position), "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-    logger.file.flush()
-    os.fsync(logger.file.fileno())  # the state counts on what was logged so far
-    states = {name: module.state_dict() for name, module in modules.items()}
-    save_checkpoint(logger.dir / "state.pt", stage="state", rng=rng, logged=logger.file.tell(), **states, **contents)
+class Run:
+    """A run's folder: arguments, logs, pictures, saves; and Ctrl-C.
 
+    At each save all generators are seeded anew from (seed, step), in the run that goes on as in the
+    one that resumes there. So both go on alike, bit for bit on a CPU. Under torchrun process 0
+    alone logs and saves.
 
-def settings(args):
-    """The flags, as JSON gives them back, and a check sum of what --checkpoint and --dataset hold (of .npz files their names and sizes)."""
-    paths = [Path(p) for p in (getattr(args, "checkpoint", None), getattr(args, "dataset", None)) if p]
-    files = [f for p in paths for f in (sorted(p.glob("*.npz")) if os.path.isdir(p) else [p]) if os.path.isfile(f)]
-    found = [zlib.crc32(f.read_bytes()) if f.suffix == ".pt" else (f.name, f.stat().st_size) for f in files]
-    return json.loads(json.dumps(dataclasses.asdict(args) | {"check sum of the inputs": zlib.crc32(repr(found).encode())}))
+    Args: folder, its name; args, the stage's, with overwrite, resume, seed and track;
+        inputs: files that the run reads, which must be the same when it resumes.
+    Raises UserError: the folder holds files already or another run, or can't be written.
+    """
 
+    # What may differ between a run and its resumption; inputs are compared by their contents.
+    FREE = ("resume", "overwrite", "track", "device", "run_dir", "checkpoint", "dataset")
 
-def load_state(run_dir, args, device):
-    """What save_state wrote; None without --resume, or if the run was killed before its first save. UserError: it had other flags or inputs."""
-    if args.resume and args.overwrite:
-        raise UserError("give --resume or --overwrite, not both")
-    if not args.resume or not (Path(run_dir) / "args.json").exists():
-        return None
-    with explained(f"{run_dir}/args.json is damaged; start anew with --overwrite"):
-        before, now = dict(json.loads((Path(run_dir) / "args.json").read_text())), settings(args)
-    for name in now:
-        if name not in ("resume", "overwrite", "track", "device", "run_dir") and before.get(name, now[name]) != now[name]:
-            raise UserError(f"--resume needs the flags and inputs of the start: {name} was {before[name]}, now it is {now[name]}")
-    path = Path(run_dir) / "state.pt"
-    return load_checkpoint(path, ("state",), device) if path.exists() else None
+    def __init__(self, folder, args, inputs=()):
+        self.dir = Path(folder)
+        self.seed = args.seed
+        self.rank = int(os.environ.get("RANK", 0))
+        self.state = {}
+        self.saves = False  # whether Ctrl-C waits for a save
+        self.interrupted = False
+        self.warned = set()
+        self.logged_step = 0
+        settings = dataclasses.asdict(args) | {"inputs": [checksum(path) for path in inputs]}
+        settings = json.loads(json.dumps(settings))  # as they will be read back
+        if args.resume and args.overwrite:
+            raise UserError("give --resume or --overwrite, not both")
+        with explained(f"can't use --run-dir {folder}", OSError):
+            if args.resume and (self.dir / "args.json").exists():
+                self.compare(settings)
+                if (self.dir / "state.pt").exists():
+                    self.state = load_checkpoint(self.dir / "state.pt", ("state",))
+            elif self.rank == 0:
+                self.begin(settings, args.overwrite, inputs)
+            if self.rank == 0:
+                self.open_logs(args)
 
+    def begin(self, settings, overwrite, inputs):
+        """Makes the folder; with --overwrite, without what an older run left for later stages."""
+        if any(self.dir.glob("[!.]*")) and not overwrite:
+            raise UserError(
+                f"{self.dir} holds files already; choose another --run-dir, or add --overwrite "
+                "(or --resume, if it holds this run)"
+            )
+        keep = {Path(path).resolve() for path in inputs}
+        for pattern in ("*.pt", "replay*/env*.npz", "events.out.tfevents.*"):
+            for old in self.dir.glob(pattern):
+                if not {old.resolve(), old.parent.resolve()} & keep:
+                    old.unlink()
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "metrics.csv").write_text("step,metric,value\n")
+        text = json.dumps(settings, indent=1).encode()
+        write_atomically(self.dir / "args.json", lambda file: file.write(text))
 
-def restore(state, modules):
-    """Modules and random generators as they were at save_state."""
-    for name, module in modules.items():
-        module.load_state_dict(state[name])
-    random.setstate(state["rng"]["python"])
-    np.random.set_state(("MT19937", *state["rng"]["numpy"]))
-    torch.set_rng_state(state["rng"]["torch"].cpu())
-    for i in range(min(len(state["rng"]["cuda"]), torch.cuda.device_count())):
-        torch.cuda.set_rng_state(state["rng"]["cuda"][i].cpu(), i)
+    def compare(self, settings):
+        """UserError if the run that is to be resumed had other flags or inputs."""
+        with explained(f"{self.dir}/args.json is damaged; start anew with --overwrite"):
+            before = dict(json.loads((self.dir / "args.json").read_text()))
+        for name, value in settings.items():
+            if name not in self.FREE and before.get(name, value) != value:
+                raise UserError(
+                    "--resume needs the flags and inputs of the start: "
+                    f"{name} was {before[name]}, now it is {value}"
+                )
 
-
-class DivergenceCheck:
-    """Called before an optimiser's step: if a term is NaN or infinite, saves batch and modules as diverged.pt and ends the run. On CUDA a look would
-    make the host wait; there the optimisers among `modules` skip this step and all that follow by themselves, and the look comes `lag` calls later."""
-
-    def __init__(self, run_dir, modules, lag):
-        self.path, self.modules, self.lag, self.pending = Path(run_dir) / "diverged.pt", modules, lag, deque()
-        for module in modules.values():
-            if lag and isinstance(module, torch.optim.Optimizer):  # fused ones ask for it
-                device = module.param_groups[0]["params"][0].device
-                self.diverged = module.found_inf = getattr(self, "diverged", torch.zeros((), device=device))
-
-    def __call__(self, update, terms, **batch):
-        """terms: dict of name -> tensor, losses and norms of gradients; batch: tensors to save with the weights"""
-        terms = {name: v.detach() for name, v in terms.items()}
-        finite, ready = torch.isfinite(sum(v.sum() for v in terms.values())), None
-        if self.lag:
-            self.diverged.copy_(torch.maximum(self.diverged, (~finite).float()))
-        if finite.is_cuda:
-            finite, ready = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True), torch.cuda.Event()
-            ready.record()
-        self.pending.append((finite, ready, update, terms, batch))
-        self.look(self.lag)
-
-    def look(self, most=0):
-        """Looks at the oldest calls, until `most` are left; before a save at all of them."""
-        while len(self.pending) > most:
-            finite, ready, update, terms, batch = self.pending.popleft()
-            if ready:
-                ready.synchronize()
-            if not finite:
-                bad = [name for name, v in terms.items() if not torch.isfinite(v).all()] or list(terms)
-                weights = {name: module.state_dict() for name, module in self.modules.items()}
-                save_checkpoint(self.path, stage="diverged", update=update, terms=bad, batch=batch, weights=weights)
-                raise UserError(f"{', '.join(bad)} is not finite in update {update + 1}; batch and weights before it are in {self.path}; try a smaller "
-                                "learning rate")  # fmt: skip
-
-
-class Logger:
-    """Scalars to TensorBoard (with --track to Weights & Biases too) and metrics.csv; videos; learning curves at the end. Goes on from
-    `state`, of load_state. UserError: the run folder holds files already, or the disk is full."""
-
-    def __init__(self, run_dir, args, state=None):
-        import matplotlib.backends.backend_agg  # noqa: F401  now, so that a run has its memory from the start
+    def open_logs(self, args):
+        """metrics.csv, without what was logged after the last save; TensorBoard; --track."""
+        # Here, so that a run has its memory from the start.
+        import matplotlib.backends.backend_agg  # noqa: F401
         from torch.utils.tensorboard import SummaryWriter
 
         if args.track:
             with explained("--track needs Weights & Biases: pip install wandb", ImportError):
                 import wandb
-        self.dir, self.warned = Path(run_dir), set()
-        with explained(f"can't write into --run-dir {run_dir}", OSError):
-            there = {p.name for p in self.dir.glob("[!.]*")}
-            begun = args.resume and "args.json" in there and not list(self.dir.glob("*.pt"))  # killed before its first save
-            if there and not (args.overwrite or state or begun):
-                raise UserError(f"{run_dir} holds files already; choose another --run-dir, or add --overwrite (or --resume, if it holds this run)")
-            self.dir.mkdir(parents=True, exist_ok=True)
-            if state:  # what was logged after the save comes again
-                os.truncate(self.dir / "metrics.csv", state["logged"])
-            else:
-                for old in [*self.dir.glob("events.out.tfevents.*"), *self.dir.glob("state*.pt")]:
-                    old.unlink(missing_ok=True)
-                write_atomically(self.dir / "args.json", lambda file: file.write(json.dumps(settings(args), indent=1).encode()))
-                (self.dir / "metrics.csv").write_text("step,metric,value\n")
-            self.file = open(self.dir / "metrics.csv", "a")
-            if args.track:  # before the writer, which it listens to
-                wandb.init(project="redraw", name=self.dir.name, config=dataclasses.asdict(args), dir=str(self.dir), sync_tensorboard=True)
-            self.tensorboard = SummaryWriter(str(self.dir), purge_step=state["purge_step"] if state else None)
+            wandb.init(project="redraw", name=self.dir.name, dir=self.dir, sync_tensorboard=True)
+            wandb.config.update(dataclasses.asdict(args))
+        if self.state:
+            os.truncate(self.dir / "metrics.csv", self.state["logged"])
+        self.file = open(self.dir / "metrics.csv", "a")  # noqa: SIM115
+        self.tensorboard = SummaryWriter(str(self.dir), purge_step=self.state.get("logged_step"))
+
+    def finite(self, step, numbers):
+        """UserError if one of numbers, a dict of name -> float, is not; the last save is intact."""
+        bad = [name for name, value in numbers.items() if not np.isfinite(value)]
+        if bad:
+            raise UserError(
+                f"{', '.join(bad[:3])} is not finite at {step}: the training diverged; the last "
+                "save is intact; try a smaller learning rate"
+            )
 
     def log(self, step, metrics):
-        """metrics: dict of name -> number or 0-d tensor"""
+        """Writes metrics, a dict of name -> number or 0-d tensor, and returns them as numbers.
+        UserError: one is NaN or infinite."""
         metrics = {k: float(v.detach() if torch.is_tensor(v) else v) for k, v in metrics.items()}
-        with explained(f"can't write the logs in {self.dir}", OSError):
-            self.file.writelines(f"{step},{name},{value:.6g}\n" for name, value in metrics.items())
-            self.file.flush()
-            for name, value in metrics.items():
-                self.tensorboard.add_scalar(name, value, step)
+        self.finite(step, metrics)
+        if self.rank == 0:
+            with explained(f"can't write the logs in {self.dir}", OSError):
+                self.file.writelines(f"{step},{name},{v:.6g}\n" for name, v in metrics.items())
+                self.file.flush()
+                for name, value in metrics.items():
+                    self.tensorboard.add_scalar(name, value, step)
+        self.logged_step = step
         return metrics
 
     def warn(self, when, text):
@@ -795,26 +1180,84 @@ class Logger:
             tqdm.write(f"warning: {text}")
 
     def video(self, step, name, frames, fps=12):
-        """frames: uint8 (T, height, width, 3), to NAME.gif in the run folder and, as a moving picture, to TensorBoard"""
+        """frames: uint8 (T, height, width, C), to NAME.gif and TensorBoard; unless C is 3, its last
+        channel is shown."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
+        if self.rank:
+            return
+        if frames.shape[-1] != 3:
+            frames = frames[..., -1:].repeat(3, -1)
         gif = imageio.v3.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)
         write_atomically(self.dir / f"{name}.gif", lambda file: file.write(gif))
-        image = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=gif)
-        self.tensorboard.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        size = {"height": frames.shape[1], "width": frames.shape[2], "colorspace": 3}
+        value = Summary.Value(tag=name, image=Summary.Image(encoded_image_string=gif, **size))
+        self.tensorboard.file_writer.add_summary(Summary(value=[value]), step)
+
+    @staticmethod
+    def due(step, every, stride=1):
+        """Whether a multiple of `every` was passed on the way from step - stride to step."""
+        return step // every > (step - stride) // every
+
+    def resume(self, modules):
+        """Loads modules (dict of name -> what has a state dict) from the last save, if there is
+        one, and returns its other contents, else {}. From here on Ctrl-C waits for a save."""
+        for name, module in modules.items():
+            if self.state:
+                module.load_state_dict(self.state[name])
+        if self.state or self.rank:
+            self.seed_anew(self.state.get("step", 0))
+        self.saves = "WORLD_SIZE" not in os.environ  # its processes would stop at different steps
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, self.interrupt)
+        return self.state
+
+    def interrupt(self, *_):
+        if not self.saves or self.interrupted:  # a second one does not wait
+            stop("interrupted")
+        self.interrupted = True
+
+    def seed_anew(self, step):
+        seed_everything((self.seed + 1000 * self.rank + 7919 * step) % 2**31)
+
+    def write(self, name, **contents):
+        """Saves a checkpoint for later stages into the folder."""
+        if self.rank == 0:
+            save_checkpoint(self.dir / name, **contents)
+
+    def save(self, step, modules, **contents):
+        """Saves the run for --resume; after Ctrl-C it ends here. UserError: a weight is NaN."""
+        states = {name: module.state_dict() for name, module in modules.items()}
+        weights = {f"{n}.{k}": v for n, state in states.items() for k, v in state.items()}
+        tensors = {k: float(v.sum()) for k, v in weights.items() if torch.is_tensor(v)}
+        self.finite(step, tensors)
+        if self.rank == 0:
+            self.file.flush()
+            os.fsync(self.file.fileno())  # the state counts on what was logged so far
+            contents |= {"step": step, "logged": self.file.tell(), "logged_step": self.logged_step}
+            save_checkpoint(self.dir / "state.pt", stage="state", **states, **contents)
+        self.seed_anew(step)
+        if self.interrupted:
+            self.close()
+            stop(f"saved after {step}")
 
     def close(self):
         """Draws metrics.csv as curves.png, a panel a metric, and closes the files."""
         from matplotlib.figure import Figure
 
+        self.saves = False
+        if self.rank:
+            return
         self.file.close()
         self.tensorboard.close()
-        rows = np.array([line.split(",") for line in (self.dir / "metrics.csv").read_text().splitlines()[1:]]).reshape(-1, 3)  # as texts
-        names = [name for name in dict.fromkeys(rows[:, 1]) if (rows[:, 1] == name).sum() > 1]
-        if names:
-            figure = Figure(figsize=(14, 2.2 * -(-len(names) // 4)), layout="constrained")
-            for i, name in enumerate(names):
-                axes, own = figure.add_subplot(-(-len(names) // 4), 4, i + 1), rows[rows[:, 1] == name]
-                axes.plot(own[:, 0].astype(int), own[:, 2].astype(float), color="#0072B2", linewidth=1)
-                axes.set_title(name, fontsize=9)
-            write_atomically(self.dir / "curves.png", lambda file: figure.savefig(file, dpi=70))
+        curves = {}
+        for line in (self.dir / "metrics.csv").read_text().splitlines()[1:]:
+            step, name, value = line.split(",")
+            curves.setdefault(name, []).append((int(step), float(value)))
+        curves = {name: points for name, points in curves.items() if len(points) > 1}
+        rows = -(-len(curves) // 4)
+        figure = Figure(figsize=(14, 2.2 * max(rows, 1)), layout="constrained")
+        for i, (name, points) in enumerate(curves.items()):
+            axes = figure.add_subplot(rows, 4, i + 1, title=name)
+            axes.plot(*zip(*points, strict=True), color="#0072B2", linewidth=1)
+        write_atomically(self.dir / "curves.png", lambda file: figure.savefig(file, dpi=70))

@@ -1,21 +1,37 @@
 """Stage 1: train DRAW, a world model with a discrete latent state, in the source simulator.
 
-DRAW predicts a categorical latent z_t from one observation (no recurrence) and learns dynamics
-logits u_t = f(z_{t-1}, sigma_{t-1}, a_{t-1}) that anticipate it. Data comes from Plan2Explore: an
-exploration actor-critic, trained in imagination, seeks states where an ensemble disagrees about
-the next embedding; a task actor-critic trains beside it on the predicted reward.
+DRAW encodes each observation x_t by itself, without recurrence, as S categorical variables z_t,
+and learns dynamics f that predict them one step ahead. Its data comes from Plan2Explore
+(arXiv 2005.05960): an exploration policy, trained in imagination, seeks states where an ensemble
+disagrees about the next embedding. A task policy trains beside it on the predicted reward.
 
-One iteration of the loop below:
+    embed_t = encoder(x_t)                           q_t = q(z_t | x_t), categorical, with unimix
+    z_t ~ q_t                                        one-hot, straight-through gradient
+    u_t = f(z_{t-1}, sigma_{t-1}, a_{t-1})           prior logits,   sigma_t = softmax(u_t)
+    p_t = Categorical(unimix(u_t))                   the prior,      unimix: 1 % uniform mixed in
 
-    1. act in the environments, store x_t, a_t, reward, flags in the replay
-    2. world model:  L = reconstructions + 1.5 max(1, KL(sg q || p)) + 0.5 max(1, KL(q || sg p))
-    3. ensemble:     predict embed_{t+1} from (sigma_t, z_t, a_t)
-    4. exploration and task actor-critic in imagination (its equations: see `ActorCritic`)
+One iteration of the loop in `main`:
+
+    1. act in the environments and store x_t, a_t, reward, flags in the replay
+    2. world model:  -log p(x_t, r_t, c_t | z_t)                                world_model_loss
+                     + 1.5 max(1, KL(sg q_t || p_t)) + 0.5 max(1, KL(q_t || sg p_t))
+    3. ensemble:     each member predicts embed_{t+1} from (sigma_t, z_t, a_t)  Ensemble
+    4. explore and task policy, from imagined trajectories                      actor_critic_losses
+
+        R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),   R_H = v_H
+        w_t = prod_{1 <= k <= t} gamma c_k
+        actor:   -w_t (log pi(a_t | z_t) sg((R_t - v_t) / scale) + entropy_weight * entropy)
+        critic:  -w_t (log p(R_t) + log p(mean of the slow critic))
+
+sg: stop-gradient. r and c: predicted reward and continue of ARRIVING at a state; v: the critic's
+mean; the slow critic follows the critic by 2 % an update; scale = max(return_floor, range of the
+returns from the 5th to the 95th percentile, averaged over some 100 updates). All other symbols:
+common.py. A KL below one nat is not reduced further ("free nat").
 
     python draw_pretrain.py laptop --env-id redraw/PendulumSwingup-v0 --run-dir runs/source
 
-writes runs/source/draw.pt (weights, sizes, arguments), runs/source/replay/*.npz (a dataset for
-the later stages) and metrics.csv. Next: redraw_adapt.py.
+writes runs/source/draw.pt (weights, sizes, arguments), runs/source/replay/*.npz (a dataset for the
+later stages), metrics.csv, curves.png and prediction.gif. Next: redraw_adapt.py.
 """
 
 import dataclasses
@@ -23,8 +39,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,42 +47,66 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import nn
+from torch.func import functional_call
 from tqdm import tqdm
 
-from common import (ARRAYS, DRAW, Actor, Critic, DivergenceCheck, Interrupt, Logger, Policy, Sizes, UserError, check_range, explained, held_noise,
-                    kl_categorical, load_checkpoint, load_state, make_envs, mix, mlp, pick_device, read_npz, restore, sample_onehot, save_checkpoint,
-                    save_dataset, save_state, seed_everything, softmax, symlog, to_device, twohot_log_prob, twohot_mean, unimix, write_atomically)  # fmt: skip
+from common import (
+    DRAW,
+    ActorCritic,
+    Policy,
+    Rectified,
+    Replay,
+    Run,
+    UserError,
+    check_range,
+    held_noise,
+    kl_categorical,
+    make_envs,
+    mlp,
+    prepare,
+    sample_onehot,
+    sizes_of,
+    softmax,
+    symlog,
+    twohot_log_prob,
+    twohot_mean,
+    unimix,
+)
 
 
 @dataclass
 class Args:
-    env_id: str = "redraw/PendulumSwingup-v0"  # source environment, a Gymnasium id, also as module:id
-    run_dir: Optional[str] = None  # folder for everything this run writes (default: runs/pretrain-ENV-SEED)
+    env_id: str = "redraw/PendulumSwingup-v0"  # source environment, a Gymnasium id or module:id
+    run_dir: str | None = (
+        None  # folder for all that the run writes (default: runs/pretrain-ENV-SEED)
+    )
     overwrite: bool = False  # start anew in a folder that holds a run already
-    resume: bool = False  # go on from the last save of the run in run_dir, given the same flags; without one, start
-    save_every: int = 20_000  # agent steps between two saves, each of which ends the running episodes
+    resume: bool = False  # go on from the last save in run_dir with the same flags; if none, start
+    save_every: int = 20_000  # agent steps between saves; a kill loses at most so many
     seed: int = 1
     device: str = "auto"  # auto, cpu or cuda
     track: bool = False  # log to Weights & Biases too
-    bf16: bool = False  # networks compute in bfloat16; distributions, losses and weights stay float32
-    compile: bool = False  # torch.compile of the losses and the imagination; the first update then takes minutes
+    bf16: bool = False  # networks compute in bfloat16; losses and weights stay float32
+    compile: bool = False  # torch.compile; the first update then takes minutes
+    log_every: int = 100  # updates between two lines in the logs
 
-    # data
-    steps: int = 9_000_000  # agent steps, summed over the environments
+    # Data. Under torchrun each process has its own environments, replay and batch.
+    steps: int = 4_500_000  # agent steps, over all environments
     n_envs: int = 4
-    parallel_envs: bool = False  # step each environment in a process of its own, while the models learn
-    episode_steps: Optional[int] = None  # time limit while training (default: the environment's); short episodes see more start states
-    image_size: int = 64  # pixels, for this project's environments
-    # strength, 0 to 1, of random changes of what the encoder sees, for a target that looks a little different (a real camera); see `augment`
-    augment: float = 0.0
-    # which policy collects: Plan2Explore, the task's, random actions, or a third of the episodes each
-    collect: Literal["explore", "task", "random", "mixed"] = "explore"
+    parallel_envs: bool = False  # each environment in a process, stepping while the models learn
+    episode_steps: int | None = None  # shorter episodes than the environment's: more start states
+    image_size: int = 64  # pixels of a side, for this project's environments
+    look: Literal["fast", "stock"] = "fast"  # of this project's; stock is dm_control's own, slower
+    augment: float = 0.0  # 0 to 1: changes of looks that the encoder sees; larger: more robust
+    collect: Literal["explore", "task", "random", "mixed"] = "explore"  # mixed: by episode
     prefill: int = 1024  # random steps before the first update
-    hold: float = 1.0  # mean number of steps that a random action is held
-    gain: float = 1.0  # random actions are uniform over [-gain, gain], clipped to [-1, 1]; with 2, half have full force
-    replay_size: int = 1_000_000  # rows kept
+    hold: float = 1.0  # a random action lasts so many steps on average; larger: farther swings
+    gain: float = (
+        1.0  # random actions are uniform in [-gain, gain], clipped; larger: more full force
+    )
+    replay_size: int | None = None  # rows kept (default: all, as far as half of the memory allows)
 
-    # world model
+    # World model
     S: int = 256  # categorical variables in the latent
     K: int = 4  # classes of each
     cnn_depth: int = 32  # channels of the first convolution; each further one doubles them
@@ -75,513 +114,354 @@ class Args:
     vector_layers: int = 5
     units: int = 512  # of posterior, dynamics, heads and ensemble
     actor_units: int = 512  # of actors and critics
-    batch: int = 16  # B, sequences per update
-    length: int = 64  # T, steps per sequence
-    rewarded: float = 0.0  # share of the sequences that hold a reward; if it is rare, few updates would see any
-    train_every: float = 2.0  # agent steps per update
+    batch: int = 16  # B, sequences an update
+    length: int = 64  # T, steps of a sequence
+    rewarded: float = 0.0  # share of the sequences that hold an unusual reward, where it is rare
+    train_every: float = 2.0  # agent steps an update; larger: fewer updates
     lr: float = 1e-4
     warmup: int = 0  # updates over which the learning rate rises from 0
-    decay: bool = False  # let the learning rate fall to a tenth over the run, along a cosine
-    image_scale: float = 1.0  # weight of the image loss; it is summed over pixels, so small images want a larger one
+    decay: bool = False  # the learning rate falls to a tenth along a cosine
+    image_scale: float = 1.0  # weight of the image loss, a sum over pixels: small images want more
     vector_scale: float = 1.0  # weight of the vector loss
     reward_scale: float = 1.0  # weight of the reward loss
-    soft_updates: int = 0  # updates over which the latent fades from probabilities to samples; shortens the blurred phase
+    soft_updates: int = 0  # updates over which z fades from probabilities to samples: less blur
 
-    # imagination
+    # Imagination
     horizon: int = 40  # H
-    starts: int = 1024  # imagined trajectories per update, at most batch * length
-    # world-model updates before the first actor-critic update: a policy trained on a blurred model learns its errors;
-    # until then random actions collect
-    policy_start: int = 0
-    policy_every: int = 1  # world-model updates per update of the task's actor-critic
-    explore_every: int = 1  # the same for the exploration actor-critic
-    gamma: float = 1 - 1 / 333
-    lam: float = 0.95
-    entropy: float = 3e-4
+    starts: int = 1024  # imagined trajectories an update, at most batch * length
+    policy_start: int = 0  # updates before policies learn and act: a blurred model misleads them
+    policy_every: int = 1  # world-model updates for one of the task policy
+    explore_every: int = 1  # world-model updates for one of the exploration policy
+    gamma: float = 1 - 1 / 333  # larger: rewards farther away count
+    lam: float = 0.95  # lambda; larger: returns rest on imagined rewards, smaller: on the critic
+    entropy: float = 3e-4  # weight of the policies' entropy; larger: more random for longer
     actor_lr: float = 3e-5
-    return_floor: float = 1.0  # least scale that the task's advantages are divided by; sparse rewards and short runs want less
-    # how the task's actor learns: REINFORCE, or the return's gradient through the dynamics (straight-through)
-    actor_grad: Literal["reinforce", "dynamics"] = "reinforce"
+    return_floor: float = 0.01  # least scale of returns; smaller: small rewards count more
+    actor_grad: Literal["reinforce", "dynamics"] = "reinforce"  # dynamics: through the world model
     ensemble: int = 8  # members
-    ensemble_target: int = 0  # the members predict a random projection of the embedding to so many numbers (0: all of it)
-
-    log_every: int = 100  # updates between two lines in the logs
+    ensemble_target: int = 0  # members predict so many random projections of the embedding (0: all)
 
 
+LAPTOP = Args(
+    # data
+    steps=40_000,
+    save_every=4_000,
+    episode_steps=60,
+    image_size=32,
+    collect="mixed",
+    prefill=16_000,
+    hold=16.0,  # the pendulum swings far only if a torque lasts
+    gain=2.0,  # half of the random actions have full force: it comes through the top with speed
+    replay_size=200_000,
+    # world model
+    S=64,
+    cnn_depth=8,
+    vector_units=128,
+    vector_layers=2,
+    units=128,
+    actor_units=128,
+    batch=32,
+    length=8,
+    rewarded=0.25,
+    train_every=3.0,
+    lr=3e-3,
+    warmup=100,
+    decay=True,
+    image_scale=300.0,  # with 1, a small image loses against the KL's free nat and stays blurred
+    vector_scale=400.0,
+    reward_scale=50.0,
+    soft_updates=500,
+    # imagination
+    horizon=15,
+    starts=128,
+    policy_start=2500,
+    policy_every=2,
+    explore_every=8,
+    gamma=0.99,
+    actor_lr=5e-4,
+    ensemble=5,
+    ensemble_target=64,
+)
+DUCKIETOWN = dataclasses.replace(
+    LAPTOP,
+    env_id="deploy_duckiebot:redraw/Duckietown-v0",
+    steps=72_000,
+    save_every=12_000,
+    episode_steps=30,
+    augment=0.5,  # a real camera looks a little different
+    prefill=12_000,
+    hold=5.0,
+    gain=1.0,
+    units=256,
+    rewarded=0.0,  # the reward is dense
+    train_every=5.0,
+    image_scale=50.0,
+    vector_scale=5000.0,  # velocities are shares of the fastest
+    reward_scale=100.0,
+    soft_updates=300,
+    policy_start=500,
+    explore_every=10,
+    gamma=0.95,
+    return_floor=0.1,
+    ensemble=3,
+)
 PRESETS = {
-    "laptop": (
-        "minutes on two CPU cores: 32x32 images, small networks, short episodes",
-        Args(
-            save_every=4_000, steps=40_000, episode_steps=60, image_size=32, collect="mixed", prefill=16_000, hold=16.0, gain=2.0,
-            replay_size=200_000, S=64, K=4, cnn_depth=8, vector_units=128, vector_layers=2, units=128, actor_units=128, batch=32, length=8,
-            rewarded=0.25, train_every=3.0, lr=3e-3, warmup=100, decay=True, image_scale=300.0, vector_scale=400.0, reward_scale=50.0,
-            soft_updates=500, policy_start=2500, policy_every=2, explore_every=8, horizon=15, gamma=0.99, starts=128, actor_lr=5e-4,
-            return_floor=0.01, ensemble=5, ensemble_target=64,
-        ),
-    ),
-    "duckietown": (
-        "an hour on one CPU core: lane following, 32x32 images with random changes, dense reward",
-        Args(
-            env_id="deploy_duckiebot:redraw/Duckietown-v0", save_every=12_000, steps=72_000, episode_steps=30, image_size=32, augment=0.5,
-            collect="mixed", prefill=12_000, hold=5.0, replay_size=200_000, S=64, K=4, cnn_depth=8, vector_units=128, vector_layers=2, units=256,
-            actor_units=128, batch=32, length=8, train_every=5.0, lr=3e-3, warmup=100, decay=True, image_scale=50.0, vector_scale=5000.0,
-            reward_scale=100.0, soft_updates=300, policy_start=500, policy_every=2, explore_every=10, horizon=15, gamma=0.95, starts=128,
-            actor_lr=5e-4, return_floor=0.1, ensemble=3, ensemble_target=64,
-        ),
-    ),
-    "paper": ("the paper's sizes: one CUDA GPU, about a day", Args()),
-}  # fmt: skip
+    "laptop": ("minutes on two CPU cores: 32x32 images, small networks, short episodes", LAPTOP),
+    "duckietown": ("an hour on one CPU core: lane following, 32x32 images", DUCKIETOWN),
+    "paper": ("the paper's sizes: one CUDA GPU, days", Args()),
+}
 
 
-EXPLORE, TASK, RANDOM = 0, 1, 2  # who collects an episode
-ROWS_PER_FILE = 2000  # of the replay on disk
-
-
-class Replay:
-    """A ring of rows per environment, in the row convention of common.load_dataset. The images lie on a CUDA device if they fill less
-    than half of what is free there, else in the main memory."""
-
-    def __init__(self, rows, n_envs, sizes, device="cpu"):
-        self.length, L, device = max(rows // n_envs, 2), sizes.image_size, torch.device(device)
-        shapes = {"image": (L, L, 3), "vector": (sizes.vector_size,), "action": (sizes.action_size,)}
-        fits = device.type == "cuda" and 2 * n_envs * self.length * L * L * 3 < torch.cuda.mem_get_info(device)[0]
-        # In the main memory, np.empty takes none until a row is written.
-        self.data = {key: torch.from_numpy(np.empty((n_envs, self.length, *shapes.get(key, ())), dtype)) for key, dtype in ARRAYS.items()}
-        if fits:
-            self.data["image"] = torch.empty_like(self.data["image"], device=device)
-        self.added = 0  # rows ever written, per environment
-        self.full = set()  # names of the files that `save` need not write again
-
-    def add(self, **row):
-        """One row of every environment; each value (n_envs, ...)."""
-        for key, value in row.items():
-            self.data[key][:, self.added % self.length] = torch.as_tensor(value, device=self.data[key].device)
-        self.added += 1
-
-    def __len__(self):
-        return min(self.added, self.length)
-
-    def sample(self, B, T, device, rewarded=0.0):
-        """Random sequences: dict of tensors (B, T, ...). They may cross episode borders, not the ring's head.
-        A share `rewarded` of them is drawn so that they hold a row with reward, as far as there are any."""
-        n_envs, oldest = len(self.data["reward"]), self.added - len(self)
-        env, start = np.random.randint(0, n_envs, B), np.random.randint(0, len(self) - T + 1, B)
-        if n := round(rewarded * B):
-            paid_env, paid_row = np.nonzero(self.data["reward"][:, : len(self)].numpy() > 0)
-            if len(paid_row):
-                pick = np.random.randint(0, len(paid_row), n)
-                age = (paid_row[pick] - oldest) % self.length  # rows since the oldest one
-                env[:n], start[:n] = paid_env[pick], np.clip(age - np.random.randint(0, T, n), 0, len(self) - T)
-        rows = env[:, None] * self.length + (oldest + start[:, None] + np.arange(T)) % self.length  # (B, T)
-        rows, out = torch.from_numpy(rows.flatten()), {}
-        for key, v in self.data.items():
-            value = v.flatten(0, 1).index_select(0, to_device(rows, v.device))  # a memory copy a row, on either device
-            out[key] = to_device(value, device).unflatten(0, (B, T))
-        return out
-
-    def save(self, folder):
-        """Writes the rows as a dataset folder, each file a stretch of at most ROWS_PER_FILE rows of one environment, named by its first row. A full
-        file is written once, so that a save costs what was added since the last one. Returns the names of the files that count."""
-        oldest, names, R = self.added - len(self), [], ROWS_PER_FILE
-        for env in range(len(self.data["reward"])):
-            for k in range(oldest // R, -(-self.added // R)):
-                name = f"env{env:03d}-{k * R:09d}.npz"
-                if name not in self.full:
-                    rows = np.arange(max(k * R, oldest), min((k + 1) * R, self.added))
-                    name = f"env{env:03d}-{rows[0]:09d}.npz"
-                    save_dataset(Path(folder) / name, {key: v[env, rows % self.length].cpu().numpy() for key, v in self.data.items()})
-                    self.full |= {name} if len(rows) == R else set()
-                names.append(name)
-        return names
-
-    def load(self, folder, names, added):
-        """Reads back what `save` had written when it returned `names` and `added` rows had been added."""
-        self.added = added
-        for name in names:
-            chunk = read_npz(Path(folder) / name, self.data)
-            env, rows = int(name[3:6]), int(name[7:16]) + np.arange(len(chunk["is_first"]))
-            keep = (rows >= added - len(self)) & (rows < added)  # a file may hold older rows, or, if a later save was cut short, newer ones
-            for key, v in self.data.items():
-                v[env, rows[keep] % self.length] = torch.from_numpy(chunk[key][keep]).to(v.device)
-            self.full |= {name} if len(rows) == ROWS_PER_FILE and rows[-1] < added else set()
-
-
-def reconstruction_errors(draw, z, image, vector):
-    """Of the observation predicted from z (..., S, K) alone: image and vector, each (...). Squared errors, the vector's of symlog: a
-    unit-variance Gaussian's log-likelihood up to a factor, so they are summed over pixels and over V."""
-    image_error = ((draw.decoder(z.flatten(-2)) - image.float() / 255.0) ** 2).sum((-3, -2, -1))
-    return image_error, ((draw.vector_head(z.flatten(-2)) - symlog(vector)) ** 2).sum(-1)
-
-
-def augment(image, strength):
-    """Random changes of looks, other ones for each image: what differs between a simulator's camera and a real one's. The world model sees the
-    changed image and reconstructs the clean one, so that its latent leaves them out. A list like the authors', but for superpixels and
-    dropped channels, as plain tensor operations.
-
-    Args:
-        image: uint8 (..., L, L, 3).   strength: 0 changes nothing, 1 is the most.
-    Returns:
-        uint8 (..., L, L, 3)
-    """
-    x = image.flatten(0, -4).permute(0, 3, 1, 2).contiguous() / 255.0  # (B, 3, L, L)
-    (B, _, L, _), device = x.shape, x.device
-
-    def vary(low, high, *shape, share=1.0):
-        """Uniform over [low, high], times the strength; for a `share` of the images, 0 for the others; (B, *shape)"""
-        on = torch.rand(B, *[1] * len(shape), device=device) < share
-        return strength * torch.empty(B, *shape, device=device).uniform_(low, high) * on
-
-    # Where the camera looks: turned by up to 3 degrees, 5 % nearer or farther, shifted by 3 % of the picture, and a pincushion or barrel.
-    turn, zoom, shift, bend = vary(-0.05, 0.05, 1, 1), vary(-0.05, 0.05, 1, 1), vary(-0.06, 0.06, 2, 1, 1), vary(-0.1, 0.1, 1, 1, share=0.5)
-    axis = (2 * torch.arange(L, device=device) + 1) / L - 1
-    v, u = axis[:, None], axis[None]  # (L, 1) down, (1, L) to the right
-    grow = 1 + zoom + bend * (u**2 + v**2)
-    grid = torch.stack([grow * u - turn * v + shift[:, 0], grow * v + turn * u + shift[:, 1]], -1)  # (B, L, L, 2)
-    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    # Smeared to a side, or with the opposite sign sharpened.
-    x = x + vary(-0.3, 0.5, 1, 1, 1, share=0.7) * (x.roll(1, -1) - x)
-    # Colours: one matrix turns the hue by up to 52 degrees, changes saturation and channels; then contrast, brightness, fog and tone.
-    grey = torch.full((3, 3), 1 / 3, device=device)
-    around = (torch.eye(3, device=device).roll(1, 0) - torch.eye(3, device=device).roll(1, 1)) / 3**0.5  # the turn around the axis of greys
-    hue, saturation = vary(-0.9, 0.9, 1, 1, share=0.8), 1 + vary(-0.5, 0.5, 1, 1)
-    colours = grey + saturation * (hue.cos() * (torch.eye(3, device=device) - grey) + hue.sin() * around)  # (B, 3, 3)
-    colours = colours * (1 + vary(-0.2, 0.2, 3, 1)) * (1 + vary(-0.3, 0.3, 1, 1)) * (1 - (fog := vary(0.0, 0.5, 1, 1, share=0.3)))
-    x = torch.baddbmm(vary(-0.2, 0.2, 1, 1) + fog, colours, x.flatten(2)).view_as(x).clamp(0.0, 1.0)
-    x = x + vary(-0.5, 0.5, 1, 1, 1, share=0.2) * x * (1 - x)
-    # Noise, pixels that fail, and a rectangle that hides what is behind it.
-    noise = torch.rand_like(x)
-    x = x + vary(0.0, 0.3, 1, 1, 1) * (noise - 0.5)
-    x = x * (noise[:, :1] >= 0.005 * strength)
-    centre, half = torch.rand(B, 2, 1, 1, device=device) * 2 - 1, vary(0.0, 0.4, 2, 1, 1, share=0.5)
-    hidden = ((u - centre[:, 0]).abs() < half[:, 0]) & ((v - centre[:, 1]).abs() < half[:, 1])  # (B, L, L)
-    x = torch.where(hidden[:, None], torch.rand(B, 3, 1, 1, device=device), x)
-    return (x.clamp(0.0, 1.0) * 255.0).round().byte().permute(0, 2, 3, 1).reshape(image.shape)
+# ---- The world model -----------------------------------------------------------------------------
 
 
 def world_model_loss(draw, data, args, soft):
     """The loss of DRAW on replayed sequences.
 
-    Args:
-        data: sequences of Replay.sample, (B, T, ...).
-        soft: share of the probabilities in the latent; 0 but early in training, so that z is one-hot.
-    Returns: loss (), dict of metrics, and (embed (B, T, E), z, sigma (B, T, S, K)) without gradients.
+    Args: data: sequences of Replay.sample, (B, T, ...); soft: share of the probabilities in z, 0
+        but early in training, so that z is one-hot.
+    Returns: loss (), metrics, and without gradients (embed (B, T, E), z, sigma (B, T, S, K)).
     """
-    first = data["is_first"].clone()  # (B, T)
-    first[:, 0] = True
     seen = augment(data["image"], args.augment) if args.augment else data["image"]
-    embed = draw.encoder(seen, data["vector"])  # (B, T, E), all images in one call
-    q = draw.posterior(embed)  # log q(z_t | x_t), (B, T, S, K), unimix included
-    z = sample_onehot(q.exp())  # (B, T, S, K), straight-through
-    z = z + soft * (q.exp() - z)
-    u = draw.observe(z, data["action"], first)  # (B, T, S, K)
-    p = unimix(u)  # log p(z_t | ...)
+    embed = draw.encoder(seen, data["vector"])  # (B, T, E)
+    log_q = draw.posterior(embed)  # (B, T, S, K), log q(z_t | x_t)
+    z = sample_onehot(log_q.exp())  # (B, T, S, K)
+    z = z + soft * (log_q.exp() - z)
+    u = draw.observe(z, data["action"], data["is_first"])  # (B, T, S, K)
+    log_p = unimix(u)  # (B, T, S, K), log p(z_t | z_{t-1}, sigma_{t-1}, a_{t-1})
 
-    # Reconstructions from z_t alone
-    image, vector = reconstruction_errors(draw, z, data["image"], data["vector"])  # (B, T) each
-    reward = -twohot_log_prob(draw.reward_head(z.flatten(-2)), data["reward"])  # (B, T), of arriving at x_t
-    cont = F.binary_cross_entropy_with_logits(draw.continue_head(z.flatten(-2)).squeeze(-1), 1.0 - data["is_terminal"].float(), reduction="none")
-    # KL balancing with free bits. The first step of a sequence has no cause to be predicted from.
-    kl_dyn = kl_categorical(q.detach(), p)  # (B, T), teaches the dynamics
-    kl_rep = kl_categorical(q, p.detach())  # (B, T), makes the latent predictable
-    kl = (1.5 * kl_dyn.clamp(min=1.0) + 0.5 * kl_rep.clamp(min=1.0)) * ~first
+    # Reconstructions from z_t alone; reward and continue are those of arriving at x_t.
+    image_loss, vector_loss = reconstruction_errors(draw, z, data["image"], data["vector"])
+    flat = z.flatten(-2)  # (B, T, Z)
+    reward_loss = -twohot_log_prob(draw.reward_head(flat), data["reward"])  # (B, T)
+    cont = draw.continue_head(flat).squeeze(-1)  # (B, T), logit
+    goes_on = 1.0 - data["is_terminal"].float()
+    cont_loss = F.binary_cross_entropy_with_logits(cont, goes_on, reduction="none")  # (B, T)
 
-    loss = (args.image_scale * image + args.vector_scale * vector + args.reward_scale * reward + cont + kl).mean()
+    # KL with free nats. The first step of a sequence has no cause to be predicted from.
+    follows = ~data["is_first"]
+    follows = torch.cat([torch.zeros_like(follows[:, :1]), follows[:, 1:]], 1)  # (B, T)
+    kl_dyn = kl_categorical(log_q.detach(), log_p)  # (B, T), teaches the dynamics
+    kl_rep = kl_categorical(log_q, log_p.detach())  # (B, T), makes the latent predictable
+    kl = (1.5 * kl_dyn.clamp(min=1.0) + 0.5 * kl_rep.clamp(min=1.0)) * follows
+
+    loss = (
+        args.image_scale * image_loss
+        + args.vector_scale * vector_loss
+        + args.reward_scale * reward_loss
+        + cont_loss
+        + kl
+    ).mean()
     metrics = {
-        "world_model/loss": loss, "world_model/image": image.mean(), "world_model/vector": vector.mean(), "world_model/reward": reward.mean(),
-        "world_model/continue": cont.mean(), "world_model/kl": (kl_dyn * ~first).sum() / (~first).sum(),
-        "world_model/posterior_entropy": -(q.exp() * q).sum((-2, -1)).mean(),
-    }  # fmt: skip
+        "world_model/loss": loss,
+        "world_model/image": image_loss.mean(),
+        "world_model/vector": vector_loss.mean(),
+        "world_model/reward": reward_loss.mean(),
+        "world_model/continue": cont_loss.mean(),
+        "world_model/kl": (kl_dyn * follows).sum() / follows.sum(),
+        "world_model/posterior_entropy": -(log_q.exp() * log_q).sum((-2, -1)).mean(),
+    }
     return loss, metrics, (embed.detach(), z.detach(), softmax(u).detach())
 
 
-@torch.no_grad()
-def source_range(draw, batches):
-    """How a world model does at home: the yardstick for the target's data in stage 2, which then needs no source data.
-
-    Args:
-        batches: replayed sequences, dicts of tensors (B, T, ...); the model was trained on them, but saw each only some tens of times.
-    Returns: dict of plain numbers: "kl", KL(q || p) per step in nats, first steps left out; and the 1, 50 and 99 % quantiles over frames
-        of "image error" and "vector error", of the reconstruction, and of "posterior entropy", in nats.
-    """
-    kls, frames = [], []
-    for data in batches:
-        q = draw.posterior(draw.encoder(data["image"], data["vector"]))
-        z = sample_onehot(q.exp())
-        kl = kl_categorical(q, unimix(draw.observe(z, data["action"], data["is_first"])))  # (B, T)
-        kls.append(kl[:, 1:][~data["is_first"][:, 1:]])
-        errors = reconstruction_errors(draw, z, data["image"], data["vector"])
-        frames.append(torch.stack([*errors, -(q.exp() * q).sum((-2, -1))]).flatten(1))  # (3, B*T)
-    quantiles = torch.quantile(torch.cat(frames, 1), torch.tensor([0.01, 0.5, 0.99], device=q.device), dim=1)  # (3 quantiles, 3)
-    return {"kl": torch.cat(kls).mean().item()} | dict(zip(("image error", "vector error", "posterior entropy"), quantiles.T.tolist()))
-
-
-def average_gradients(parameters):
-    """Of several processes (torchrun): their mean gradient, which is that of the joint batch, since every loss is a mean over its batch."""
-    if dist.is_initialized():
-        gradients = [p.grad for p in parameters]
-        joint = torch.cat([g.flatten() for g in gradients])  # one message instead of many
-        dist.all_reduce(joint)
-        for gradient, mean in zip(gradients, (joint / dist.get_world_size()).split([g.numel() for g in gradients])):
-            gradient.copy_(mean.view_as(gradient))
-
-
-def of_all_processes(x):
-    """x (n, ...) of each process, one after the other, (processes * n, ...); x itself of a process alone"""
-    if not dist.is_initialized():
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+def reconstruction_errors(draw, z, image, vector):
+    """Squared errors of image, summed over pixels and channels, and of symlog(vector), summed over
+    V, as predicted from z (..., S, K) alone; (...) each."""
+    flat = z.flatten(-2)
+    image_error = ((draw.decoder(flat) - image.float() / 255.0) ** 2).sum((-3, -2, -1))
+    if draw.vector_head is None:
+        return image_error, torch.zeros_like(image_error)
+    return image_error, ((draw.vector_head(flat) - symlog(vector)) ** 2).sum(-1)
 
 
 class Ensemble(nn.Module):
-    """Plan2Explore: `members` MLPs that predict embed_{t+1} from (sigma_t, z_t, a_t)."""
+    """Plan2Explore: members that predict embed_{t+1} from (sigma_t, z_t, a_t)."""
 
     def __init__(self, sizes, embed_size, members, target):
         super().__init__()
         Z = sizes.S * sizes.K
-        # A fixed random projection keeps distances; predicting all of E would cost more than the world model.
-        self.register_buffer("projection", torch.randn(embed_size, target) / embed_size**0.5 if target else None)
-        self.members = nn.ModuleList(mlp(2 * Z + sizes.action_size, sizes.units, 2, target or embed_size) for _ in range(members))
+        # A random projection keeps distances and costs less than all of E.
+        projection = torch.randn(embed_size, target) / embed_size**0.5 if target else None
+        self.register_buffer("projection", projection)
+        nets = [
+            mlp(2 * Z + sizes.action_size, sizes.units, 2, target or embed_size)
+            for _ in range(members)
+        ]
+        self.members = nn.ModuleList(nets)
 
     def forward(self, sigma, z, action):
-        """-> predictions (members, ..., projected E)"""
-        x = torch.cat([sigma.flatten(-2), z.flatten(-2), action / action.abs().clamp(min=1.0)], -1)
-        return torch.stack([m(x) for m in self.members])
+        """Predictions (members, ..., E) from sigma, z (..., S, K) and action (..., A)"""
+        action = action / action.abs().clamp(min=1.0)
+        x = torch.cat([sigma.flatten(-2), z.flatten(-2), action], -1)
+        return torch.stack([member(x) for member in self.members])
 
     def loss(self, sigma, z, action, embed, is_first):
-        """Squared error of predicting the next embedding, summed over dimensions; () from (B, T, ...)."""
-        with torch.autocast(embed.device.type, enabled=False):  # the target keeps its digits
-            target = embed[:, 1:] if self.projection is None else embed[:, 1:] @ self.projection
+        """Squared error of the next embedding, summed over E; () from (B, T, ...)."""
+        target = embed[:, 1:]  # (B, T-1, E)
+        if self.projection is not None:
+            with torch.autocast(embed.device.type, enabled=False):
+                target = target @ self.projection
         error = (self(sigma[:, :-1], z[:, :-1], action[:, :-1]) - target) ** 2
         return (error.sum(-1).mean(0) * ~is_first[:, 1:]).mean()
 
     def disagreement(self, sigma, z, action):
-        """Intrinsic reward: the deviation over the members, averaged over dimensions, (...)"""
+        """The intrinsic reward (...): standard deviation over members, averaged over E"""
         return self(sigma, z, action).std(0).mean(-1)
 
 
-class ActorCritic(nn.Module):
-    """An actor and a critic trained in imagination (lambda-returns, two-hot critic).
+# ---- Policies in imagination ---------------------------------------------------------------------
 
-    The actor's loss below is REINFORCE's; with actor_grad "dynamics" it is -w_t (R_t / scale + 3e-4 entropy), whose gradient goes
-    through the imagined dynamics.
 
-        R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),   v = critic mean
-        scale = max(return_floor, EMA_0.99 of [percentile_95(R) - percentile_5(R)])
-        actor:  -w_t (log pi(a_t) sg((R_t - v_t) / scale) + 3e-4 entropy)
-        critic: -w_t (log p(R_t) + log p(mean of the slow critic)),   slow = 2 % EMA each update
+def imagine(actor, dynamics, z, sigma, horizon):
+    """Trajectories that follow the actor and the dynamics from z, sigma (B, S, K).
 
-    r_{t+1} and c_{t+1} are reward and continue of ARRIVING at the imagined state t+1.
+    Returns: z_0 .. z_H and sigma_0 .. sigma_H (H+1, B, S, K), a_0 .. a_{H-1} (H, B, A).
     """
-
-    def __init__(self, sizes, args, actor_grad, scale_floor, device):
-        super().__init__()
-        self.args, self.actor_grad, self.scale_floor = args, actor_grad, scale_floor
-        self.actor, self.critic, self.slow_critic = Actor(sizes).to(device), Critic(sizes).to(device), Critic(sizes).to(device)
-        self.slow_critic.load_state_dict(self.critic.state_dict())
-        self.register_buffer("scale", torch.zeros((), device=device))
-        self.optimizer = torch.optim.Adam([*self.actor.parameters(), *self.critic.parameters()], lr=args.actor_lr, eps=1e-5, fused=True)
-
-    def losses(self, draw, z, sigma, weight, reward_fn):
-        """The two losses of imagined trajectories; arguments as in `update`. Returns actor_loss (), critic_loss (), rewards, values,
-        returns and entropy (H, B), and the new scale ()."""
-        args, H = self.args, self.args.horizon
-        with torch.set_grad_enabled(self.actor_grad == "dynamics"):  # REINFORCE needs no gradient through the dynamics
-            zs, sigmas, actions = [z], [sigma], []
-            for _ in range(H):
-                action = self.actor(z.detach()).rsample()  # (B, A)
-                sigma = softmax(draw.dynamics(z, sigma, action))  # sigma_{t+1}
-                z = sample_onehot(mix(sigma))  # z_{t+1} ~ p
-                zs, sigmas, actions = zs + [z], sigmas + [sigma], actions + [action]
-            zs, sigmas, actions = torch.stack(zs), torch.stack(sigmas), torch.stack(actions)  # (H+1, B, S, K), (H, B, A)
-            rewards = reward_fn(zs[:-1], sigmas[:-1], actions, zs[1:])  # (H, B): r_1 .. r_H
-            discounts = args.gamma * draw.cont(zs[1:])  # (H, B): gamma c_1 .. gamma c_H
-        weights = torch.cat([weight[None], weight * discounts[:-1].detach().cumprod(0)])  # (H, B): w_0 .. w_{H-1}
-
-        logits = self.critic(zs)  # (H+1, B, BINS)
-        values = twohot_mean(logits)  # (H+1, B)
-        if self.actor_grad == "reinforce":
-            values = values.detach()
-        R, returns = values[-1], []
-        for t in reversed(range(H)):
-            R = rewards[t] + discounts[t] * ((1 - args.lam) * values[t + 1] + args.lam * R)
-            returns.insert(0, R)
-        returns = torch.stack(returns)  # (H, B): R_0 .. R_{H-1}
-        p5, p95 = torch.quantile(of_all_processes(returns.detach()), torch.linspace(0.05, 0.95, 2, device=returns.device))
-        new_scale = 0.99 * self.scale + 0.01 * (p95 - p5)
-        scale = new_scale.clamp(min=self.scale_floor)
-
-        pi = self.actor(zs[:-1].detach())
-        entropy = pi.entropy().sum(-1)  # (H, B)
-        if self.actor_grad == "reinforce":
-            objective = pi.log_prob(actions).sum(-1) * (returns - values[:-1]) / scale
-        else:
-            objective = returns / scale
-        actor_loss = -(weights * (objective + args.entropy * entropy)).mean()
-        with torch.no_grad():
-            slow_values = twohot_mean(self.slow_critic(zs[:-1]))  # (H, B)
-        critic_loss = -(weights * (twohot_log_prob(logits[:-1], returns.detach()) + twohot_log_prob(logits[:-1], slow_values))).mean()
-        return actor_loss, critic_loss, rewards, values, returns, entropy, new_scale
-
-    def update(self, draw, z, sigma, weight, reward_fn, check=None):
-        """One update from imagined trajectories.
-
-        Args:
-            z, sigma: (B, S, K), posterior states to start from.   weight: (B,), 0 where a start is terminal, else 1.
-            reward_fn: function (z_t, sigma_t, a_t, z_{t+1}), each (H, B, ...) -> rewards (H, B).
-            check: function (dict of terms, batch), called before the optimiser's step, that may end the run.
-        Returns: dict of metrics.
-        """
-        actor_loss, critic_loss, rewards, values, returns, entropy, new_scale = self.losses(draw, z, sigma, weight, reward_fn)
-        self.optimizer.zero_grad()
-        if self.actor_grad == "reinforce":  # neither loss depends on the other's parameters
-            (actor_loss + critic_loss).backward(inputs=[*self.actor.parameters(), *self.critic.parameters()])
-        else:
-            actor_loss.backward(inputs=list(self.actor.parameters()), retain_graph=True)
-            critic_loss.backward(inputs=list(self.critic.parameters()))
-        average_gradients([*self.actor.parameters(), *self.critic.parameters()])
-        actor_norm = nn.utils.clip_grad_norm_(self.actor.parameters(), 100.0)
-        critic_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), 100.0)
-        terms = {"reward": rewards, "critic": values, "actor_loss": actor_loss, "critic_loss": critic_loss, "gradient": actor_norm + critic_norm}
-        if check:
-            check(terms, {"z": z, "sigma": sigma, "weight": weight})
-        self.optimizer.step()
-        self.scale = torch.where(new_scale.isfinite(), new_scale, self.scale)
-        with torch.no_grad():
-            for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters()):
-                slow.lerp_(fast, 0.02)
-        metrics = {"return": returns.mean(), "reward": rewards.mean(), "entropy": entropy.mean(), "scale": self.scale, "critic_loss": critic_loss}
-        return {k: v.detach() for k, v in metrics.items()}  # without the graph of the imagination
+    zs, sigmas, actions = [z], [sigma], []
+    for _ in range(horizon):
+        action = actor(z.detach()).rsample()  # (B, A)
+        sigma = softmax(dynamics(z, sigma, action))  # (B, S, K)
+        z = sample_onehot(dynamics.prior(sigma))
+        zs.append(z)
+        sigmas.append(sigma)
+        actions.append(action)
+    return torch.stack(zs), torch.stack(sigmas), torch.stack(actions)
 
 
-def open_loop(draw, z, action, dynamics=None, prior=mix):
-    """One sampled rollout that sees the first frame alone and then follows the actions that were really taken.
+def lambda_returns(reward, discount, value, lam):
+    """R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),   R_H = v_H
 
-    Args:
-        z: (n, S, K), sampled from the posterior of x_0.   action: (n, H, A), a_0 .. a_{H-1}.
-        dynamics, prior: (z, sigma, a) -> u and sigma -> p, to use instead of DRAW's own.
-    Returns: z_0 .. z_H, (n, H + 1, S, K).
+    reward, discount (H, B): r_1 .. r_H and gamma c_1 .. gamma c_H; value (H+1, B): v_0 .. v_H.
+    Returns R_0 .. R_{H-1}, (H, B).
     """
-    dynamics, (z_before, sigma_before) = dynamics or draw.dynamics, draw.initial(len(z))
-    sigma, zs = softmax(dynamics(z_before, sigma_before, torch.zeros(len(z), action.shape[-1], device=z.device))), [z]  # sigma_0, as in DRAW.observe
-    for a in action.unbind(1):
-        sigma = softmax(dynamics(zs[-1], sigma, a))
-        zs.append(sample_onehot(prior(sigma)))
-    return torch.stack(zs, 1)
+    R = value[-1]
+    returns = []
+    for t in reversed(range(len(reward))):
+        R = reward[t] + discount[t] * ((1 - lam) * value[t + 1] + lam * R)
+        returns.append(R)
+    return torch.stack(returns[::-1])
 
 
-@torch.no_grad()
-def pictures(draw, replay, logger, step, device, T=40):
-    """prediction.gif: four episodes; reality, reconstruction, and the open-loop prediction from the first frame and the actions."""
-    order = (replay.added - len(replay) + np.arange(len(replay))) % replay.length  # rows of the ring, oldest first
-    begins = np.union1d(0, np.flatnonzero(replay.data["is_first"][0, order].numpy()))
-    lengths = np.diff(begins, append=len(order))
-    T = min(T, lengths.max())
-    rows = order[begins[lengths >= T][-4:, None] + np.arange(T)]  # (4, T), of the first environment
-    image, vector, action = (replay.data[k][0, rows].to(device) for k in ("image", "vector", "action"))
-    q = draw.posterior(draw.encoder(image, vector)).exp()
-    seen = sample_onehot(q)  # (4, T, S, K)
-    foreseen = open_loop(draw, seen[:, 0], action[:, :-1])  # (4, T, S, K)
-    decoded = [draw.decoder(z.flatten(-2)).clamp(0, 1) * 255 for z in (seen, foreseen)]  # (4, T, L, L, 3) each
-    video = torch.cat([image.float(), *decoded], 2).to(torch.uint8)  # below each other
-    logger.video(step, "prediction", torch.cat(list(video), 2).cpu().numpy().repeat(2, 1).repeat(2, 2), fps=8)  # side by side
+def actor_loss(args, pi, action, weight, returns, value, scale):
+    """-w_t (log pi(a_t | z_t) sg((R_t - v_t) / scale) + entropy_weight * entropy), a mean over all;
+    with actor_grad "dynamics" -w_t (R_t / scale + entropy_weight * entropy). All (H, B, ...)."""
+    if args.actor_grad == "reinforce":
+        log_pi = pi.log_prob(action.detach()).sum(-1)  # (H, B)
+        objective = log_pi * ((returns - value) / scale).detach()
+    else:
+        objective = returns / scale
+    entropy = pi.entropy().sum(-1)  # (H, B)
+    return -(weight * (objective + args.entropy * entropy)).mean()
 
 
-@torch.random.fork_rng()  # so that the run does not depend on it
-@torch.no_grad()
-def disagreement_map(draw, ensemble, replay, logger, step, device, most=512):
-    """disagreement.gif, which does not move: where in the latent space the ensemble disagrees, and the frames that it knows least and best."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def critic_loss(logits, slow_logits, weight, returns):
+    """-w_t (log p(R_t) + log p(mean of the slow critic)), a mean over all (H, B, ...)"""
+    log_p = twohot_log_prob(logits, returns.detach())
+    log_p_slow = twohot_log_prob(logits, twohot_mean(slow_logits).detach())
+    return -(weight * (log_p + log_p_slow)).mean()
 
-    n = min(max(1, most // len(replay.data["reward"])), len(replay))
-    rows = (replay.added - n + np.arange(n)) % replay.length  # the newest
-    image, vector, action, first = (replay.data[k][:, rows].to(device) for k in ("image", "vector", "action", "is_first"))
-    z = sample_onehot(draw.posterior(draw.encoder(image, vector)).exp())  # (n_envs, n, S, K)
-    sigma = softmax(draw.observe(z, action, first))
-    disagreement = ensemble.disagreement(sigma, z, action).flatten()  # (n_envs * n,)
-    x = z.flatten(0, 1).flatten(1)
-    x = x - x.mean(0)
-    x = (x @ torch.linalg.svd(x, full_matrices=False)[2][:2].T).cpu().numpy()  # (n_envs * n, 2), along their two widest directions
-    order = disagreement.argsort(descending=True)
-    strips = [torch.cat(list(image.flatten(0, 1)[i]), 1) for i in (order[:8], order[-8:])]
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    figure.colorbar(left.scatter(*x.T, c=disagreement.cpu().numpy(), s=6, cmap="viridis"), ax=left, label="disagreement")
-    left.set(title="recent latents, seen from their two widest directions", xticks=[], yticks=[])
-    right.imshow(torch.cat(strips).cpu().numpy())
-    right.set(title="frames with the largest (above) and the least", xticks=[], yticks=[])
-    FigureCanvasAgg(figure).draw()
-    logger.video(step, "disagreement", np.asarray(figure.canvas.buffer_rgba())[None, ..., :3])
+
+def actor_critic_losses(args, draw, dynamics, policy, z, sigma, alive, reward_of):
+    """The two losses of imagined trajectories.
+
+    Args: dynamics: a Rectified; policy: an ActorCritic; z, sigma (B, S, K), where to start;
+        alive (B,), 0 where a start is terminal, else 1; reward_of(z_t, sigma_t, a_t, z_{t+1}).
+    Returns: loss (), the sum of the actor's and the critic's; metrics; the new range of returns ().
+    """
+    # REINFORCE needs no gradient through the imagination.
+    with torch.set_grad_enabled(args.actor_grad == "dynamics"):
+        zs, sigmas, action = imagine(policy.actor, dynamics, z, sigma, args.horizon)
+        reward = reward_of(zs[:-1], sigmas[:-1], action, zs[1:])  # (H, B)
+        discount = args.gamma * draw.cont(zs[1:])  # (H, B)
+    weight = torch.cat([alive[None], alive * discount[:-1].detach().cumprod(0)])  # (H, B)
+
+    logits = policy.critic(zs.detach())  # (H+1, B, BINS)
+    value = twohot_mean(logits).detach()  # (H+1, B)
+    if args.actor_grad == "dynamics":
+        # The same values, with a gradient to the states, but none to the critic's weights.
+        weights = {name: weight.detach() for name, weight in policy.critic.named_parameters()}
+        value = twohot_mean(functional_call(policy.critic, weights, zs))
+    returns = lambda_returns(reward, discount, value, args.lam)  # (H, B)
+    percentiles = torch.tensor([0.05, 0.95], device=z.device)
+    low, high = torch.quantile(returns.detach(), percentiles)
+    new_range = 0.99 * policy.range + 0.01 * (high - low)
+    scale = new_range.clamp(min=args.return_floor)
+
+    pi = policy.actor(zs[:-1].detach())
+    loss_actor = actor_loss(args, pi, action, weight, returns, value[:-1], scale)
+    with torch.no_grad():
+        slow_logits = policy.slow_critic(zs[:-1])
+    loss_critic = critic_loss(logits[:-1], slow_logits, weight, returns)
+    metrics = {
+        "return": returns.mean(),
+        "reward": reward.mean(),
+        "entropy": pi.entropy().sum(-1).mean(),
+        "scale": scale,
+        "critic_loss": loss_critic,
+    }
+    return loss_actor + loss_critic, metrics, new_range
+
+
+def gradient_step(optimizer, loss, clip):
+    """One step down the gradient, whose norm is cut at `clip` for each parameter group.
+
+    Returns: the norms' sum before the cut. Under torchrun the processes' gradients are averaged.
+    """
+    optimizer.zero_grad()
+    loss.backward()
+    groups = [group["params"] for group in optimizer.param_groups]
+    for parameter in sum(groups, []) if dist.is_initialized() else []:
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
+    norm = sum(nn.utils.clip_grad_norm_(group, clip) for group in groups)
+    optimizer.step()
+    return norm
+
+
+# ---- The loop ------------------------------------------------------------------------------------
 
 
 def main(args):
-    check_range(args, 1, 10**12, "steps", "episode_steps", "image_size", "log_every", "policy_every", "explore_every", "save_every")
-    check_range(args, 1e-9, 10**9, "hold", "gain", "train_every", "return_floor")
-    check_range(args, 1e-9, 1, "lr", "actor_lr")
-    check_range(args, 1, 65536, "n_envs", "batch", "horizon", "S", "cnn_depth", "units", "actor_units", "vector_units", "vector_layers")
-    check_range(args, 2, 65536, "length", "ensemble", "K")  # of a variable with one class nothing can be learnt
-    check_range(args, 0, 10**9, "soft_updates", "ensemble_target", "policy_start", "warmup", "entropy", "image_scale", "vector_scale", "reward_scale")
-    check_range(args, 0, 1, "rewarded", "gamma", "lam", "augment")
-    check_range(args, 1, args.batch * args.length, "starts")  # no more than the states of a batch
-    least = args.n_envs * args.length
-    if min(args.prefill, args.replay_size) < least or args.prefill >= args.steps:
-        raise UserError(f"--prefill and --replay-size must be at least n_envs x length = {least} rows, and --prefill less than --steps")
-    interrupt = Interrupt()
-    seed_everything(args.seed)
-    device = pick_device(args.device)
-    # Under torchrun, several processes share the numbers of `shared`, and the batch of an update is all of theirs together: from here on
-    # `args` counts for one process, `typed` is what the user gave, which the files of the run hold.
-    typed, rank, world = args, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    run_dir = Path(args.run_dir or f"runs/pretrain-{args.env_id.split('/')[-1]}-{args.seed}")
-    if world > 1:
-        shared = ("n_envs", "batch", "starts", "steps", "prefill", "replay_size", "save_every")
-        if any(getattr(args, name) % world for name in shared):
-            raise UserError(f"{world} processes can't share " + ", ".join(f"--{n.replace('_', '-')} {getattr(args, n)}" for n in shared if getattr(args, n) % world))
-        typed = dataclasses.replace(args, track=args.track and rank == 0)
-        args = dataclasses.replace(args, train_every=args.train_every / world, **{name: getattr(args, name) // world for name in shared})
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        run_dir = run_dir if rank == 0 else run_dir.with_name(f"{run_dir.name}-rank{rank}")  # each process keeps its own replay and state
-    envs = make_envs(args.env_id, args.n_envs, args.image_size, args.episode_steps, args.parallel_envs)
-    spaces = envs.single_observation_space
-    sizes = Sizes(
-        image_size=spaces["image"].shape[0], vector_size=spaces["vector"].shape[0], action_size=envs.single_action_space.shape[0],
-        S=args.S, K=args.K, cnn_depth=args.cnn_depth, vector_units=args.vector_units, vector_layers=args.vector_layers,
-        units=args.units, actor_units=args.actor_units,
-    )  # fmt: skip
-    with explained(f"--replay-size {args.replay_size}, --image-size or the networks' sizes are too large for the memory"):
-        draw, replay = DRAW(sizes).to(device), Replay(args.replay_size, args.n_envs, sizes, device)
-    saved = load_state(run_dir, typed, device)
-    if saved and saved["world"] != world:
-        raise UserError(f"--resume: the run was started with {saved['world']} processes, now there are {world}")
-    if world > 1:  # killed between their writes, some have saved once more than the others: these take that save back
-        state, before = run_dir / "state.pt", run_dir / "state-before.pt"
-        step = int(of_all_processes(torch.tensor([saved["step"] if saved else 0], device=device)).min())
-        if saved and saved["step"] > step and before.exists() and (older := load_checkpoint(before, ("state",), device))["step"] == step:
-            os.replace(before, state)
-            saved = older
-        if len(set(of_all_processes(torch.tensor([saved["step"] if saved else 0], device=device)).tolist())) > 1:
-            raise UserError("--resume: the processes' last saves are of different steps; start anew with --overwrite")
-    logger = Logger(run_dir, typed, saved)
+    check(args)
+    device = prepare(args)
+    join_processes(device)
+    envs = make_envs(
+        args.env_id, args.n_envs, args.image_size, args.episode_steps, args.parallel_envs, args.look
+    )
+    networks = ("S", "K", "cnn_depth", "vector_units", "vector_layers", "units", "actor_units")
+    sizes = sizes_of(envs, **{name: getattr(args, name) for name in networks})
+    draw = DRAW(sizes).to(device, memory_format=torch.channels_last)
+    dynamics = Rectified(draw)  # f itself
+    ensemble = Ensemble(sizes, draw.encoder.embed_size, args.ensemble, args.ensemble_target)
+    ensemble = ensemble.to(device)
+    task = ActorCritic(sizes).to(device)
+    explore = ActorCritic(sizes).to(device)
+    draw_adam = torch.optim.Adam(draw.parameters(), args.lr, eps=1e-8, fused=True)
+    ensemble_adam = torch.optim.Adam(ensemble.parameters(), args.lr, eps=1e-5, fused=True)
+    task_adam = policy_adam(task, args.actor_lr)
+    explore_adam = policy_adam(explore, args.actor_lr)
+    replay = Replay(replay_rows(args, sizes), args.n_envs, sizes)
 
-    if device.type == "cpu":
-        draw = draw.to(memory_format=torch.channels_last)
-    ensemble = Ensemble(sizes, draw.encoder.embed_size, args.ensemble, args.ensemble_target).to(device)
-    task = ActorCritic(sizes, args, args.actor_grad, scale_floor=args.return_floor, device=device)
-    explore = ActorCritic(sizes, args, "reinforce", scale_floor=0.01, device=device)
-    optimizer = torch.optim.Adam(draw.parameters(), lr=args.lr, eps=1e-8, fused=True)
-    ensemble_optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.lr, eps=1e-8, fused=True)
-    modules = {"draw": draw, "ensemble": ensemble, "task": task, "explore": explore, "optimizer": optimizer, "ensemble_optimizer": ensemble_optimizer,
-               "task_optimizer": task.optimizer, "explore_optimizer": explore.optimizer}  # fmt: skip
+    name = args.env_id.replace("/", "-").replace(":", "-")
+    run = Run(args.run_dir or f"runs/pretrain-{name}-{args.seed}", args)
+    modules = {
+        "draw": draw, "ensemble": ensemble, "task": task, "explore": explore,
+        "draw_adam": draw_adam, "ensemble_adam": ensemble_adam,
+        "task_adam": task_adam, "explore_adam": explore_adam,
+    }  # fmt: skip
+    saved = run.resume(modules)
+    replay_dir = run.dir / ("replay" if run.rank == 0 else f"replay-rank{run.rank}")
+    if saved:
+        replay.load(replay_dir, saved["rows"])
+    begin = saved.get("step", 0)
+    updates = saved.get("updates", 0)
+    total = int((args.steps - args.prefill) / args.train_every)
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
-    loss_of = world_model_loss
+    model_loss, policy_losses = world_model_loss, actor_critic_losses
     if args.compile:
-        loss_of, ensemble.loss = torch.compile(world_model_loss), torch.compile(ensemble.loss)
-        for actor_critic in (task, explore):
-            if actor_critic.actor_grad == "reinforce":  # two backward passes through one compiled graph are not possible
-                actor_critic.losses = torch.compile(actor_critic.losses)
+        model_loss = torch.compile(world_model_loss)
+        policy_losses = torch.compile(actor_critic_losses)
 
     def task_reward(z, sigma, action, z_next):
         return draw.reward(z_next)
@@ -589,146 +469,348 @@ def main(args):
     def explore_reward(z, sigma, action, z_next):
         return ensemble.disagreement(sigma, z, action)
 
-    divergence = DivergenceCheck(run_dir, modules, lag=8 if device.type == "cuda" else 0)
-
-    def check(terms, batch):
-        divergence(updates, terms, **batch)
-
-    def save(step, **more):
-        divergence.look()
-        interrupt.waits = True
-        files = replay.save(run_dir / "replay")  # first the rows, then the state that counts on them, then what nobody needs any more
-        if world > 1 and state.exists():  # kept, until all processes have written the new one
-            write_atomically(before, lambda file: file.write(state.read_bytes()))
-        save_state(logger, modules, world=world, step=step, update=updates, purge_step=updates + 1, finished=finished, policy_metrics=policy_metrics,
-                   action=torch.from_numpy(action), replay_files=files, replay_added=replay.added)  # fmt: skip
-        if world > 1:
-            dist.barrier()  # the rows that only the state before counts on go when all have the new one
-        for old in (run_dir / "replay").glob("*.npz"):
-            if old.name not in files:  # rows that left the ring, or of a run that this one overwrites
-                old.unlink()
-        save_checkpoint(
-            run_dir / "draw.pt", stage="draw_pretrain", args=dataclasses.asdict(typed), sizes=dataclasses.asdict(sizes), draw=draw.state_dict(),
-            task_actor=task.actor.state_dict(), explore_actor=explore.actor.state_dict(), updates=updates, **more,
-        )  # fmt: skip
-
-    total_updates = int((args.steps - args.prefill) / args.train_every)
-    if args.collect != "random" and args.policy_start >= total_updates:
-        print(f"warning: no policy is trained: --policy-start {args.policy_start}, but these --steps make {total_updates} updates; random actions collect")
-    updates, begin, finished, policy_metrics, start = 0, 0, [], {}, time.time()
+    learners = (
+        ("task", task, task_adam, task_reward, args.policy_every),
+        ("explore", explore, explore_adam, explore_reward, args.explore_every),
+    )
+    actors = {name: Policy(sizes, draw, policy.actor) for name, policy, *_ in learners[::-1]}
+    policy_metrics = {}
+    start_time = time.time()
+    bar = tqdm(total=args.steps, initial=begin, unit="step", mininterval=1, disable=run.rank > 0)
+    obs, _ = envs.reset(seed=np.random.randint(2**31))
     action = np.zeros((args.n_envs, sizes.action_size), np.float32)
-    collectors = np.full(args.n_envs, RANDOM)  # per environment, drawn anew for each episode
-    if saved:
-        replay.load(run_dir / "replay", saved["replay_files"], saved["replay_added"])
-        updates, begin, finished, policy_metrics = (saved[k] for k in ("update", "step", "finished", "policy_metrics"))
-        action = saved["action"].cpu().numpy()
-        restore(saved, modules)
-    elif rank:
-        seed_everything(args.seed + 1000 * rank)  # from here on; the weights began alike
-    new_episodes = True
-    interrupt.waits = world == 1  # several processes would not stop at the same step: they end at once, and go on from the last save
-    bar = tqdm(total=args.steps, initial=begin, unit="step", smoothing=0.05, mininterval=1.0, disable=rank > 0)
-    for step in range(begin, args.steps, args.n_envs):
-        if new_episodes:  # at the start and after each save, so that a run goes on alike whether it is resumed there or not
-            obs, _ = envs.reset(seed=np.random.randint(2**31))
-            episode_return = np.zeros(args.n_envs)
-            reward, first, last, terminal = np.zeros(args.n_envs), *(np.full(args.n_envs, b) for b in (True, False, False))
-            new_episodes = False
-        # 1. act and store
-        collectors[first] = np.random.randint(0, 3, first.sum())
-        if step < args.prefill or updates < args.policy_start or args.collect == "random":
-            who = np.full(args.n_envs, RANDOM)
-        elif args.collect == "mixed":
-            who = collectors
-        else:
-            who = np.full(args.n_envs, EXPLORE if args.collect == "explore" else TASK)
+    reward = np.zeros(args.n_envs)
+    first = np.ones(args.n_envs, bool)
+    last = terminal = np.zeros(args.n_envs, bool)
+    collectors = np.full(args.n_envs, "random", "<U7")
+    episodes = EpisodeReturns(args.n_envs)
+    for step in range(begin + args.n_envs, args.steps + args.n_envs, args.n_envs):
+        # 1. Act and store. Row t holds x_t, the reward of arriving there, and a_t, taken there.
+        collectors[first] = draw_collectors(args, first.sum())
         action = held_noise(action, args.hold, args.gain)
-        for collector, actor_critic in ((EXPLORE, explore), (TASK, task)):
-            if (who == collector).any():
-                chosen = Policy(sizes, draw, actor_critic.actor)(obs["image"], obs["vector"])
-                action = np.where((who == collector)[:, None], chosen, action)
-        replay.add(image=obs["image"], vector=obs["vector"], action=action, reward=reward, is_first=first, is_last=last, is_terminal=terminal)
+        if step > args.prefill and updates >= args.policy_start:
+            action = act(collectors, actors, obs, action)
+        replay.add(
+            **obs, action=action, reward=reward, is_first=first, is_last=last, is_terminal=terminal
+        )
         if args.parallel_envs:
             envs.step_async(action)  # they step while the models learn
 
-        while updates < total_updates and step + args.n_envs >= args.prefill and updates < (step + args.n_envs - args.prefill) / args.train_every:
-            lr = args.lr * min(1.0, (updates + 1) / max(args.warmup, 1))
-            if args.decay:
-                lr *= 0.55 + 0.45 * math.cos(math.pi * updates / total_updates)
-            for opt in (optimizer, ensemble_optimizer):
-                opt.param_groups[0]["lr"] = lr
-            # 2. world model
+        while updates < min(total, (step - args.prefill) / args.train_every):
+            set_learning_rate(args, (draw_adam, ensemble_adam), updates, total)
             data = replay.sample(args.batch, args.length, device, args.rewarded)
+
+            # 2. World model.
             soft = max(0.0, 1.0 - updates / args.soft_updates) if args.soft_updates else 0.0
             with autocast:
-                loss, metrics, (embed, z, sigma) = loss_of(draw, data, args, soft)
-            optimizer.zero_grad()
-            loss.backward()
-            average_gradients(draw.parameters())
-            metrics["world_model/grad_norm"] = nn.utils.clip_grad_norm_(draw.parameters(), 1000.0)
-            check(metrics, data)
-            optimizer.step()
-            # 3. ensemble, on what the world model just saw
+                loss, metrics, (embed, z, sigma) = model_loss(draw, data, args, soft)
+            metrics["world_model/grad_norm"] = gradient_step(draw_adam, loss, 1000.0)
+
+            # 3. Ensemble, on what the world model just saw.
             with autocast:
-                ensemble_loss = ensemble.loss(sigma, z, data["action"], embed, data["is_first"])
-            ensemble_optimizer.zero_grad()
-            ensemble_loss.backward()
-            average_gradients(ensemble.parameters())
-            metrics["explore/ensemble_loss"] = ensemble_loss
-            check({"ensemble": ensemble_loss, "gradient": nn.utils.clip_grad_norm_(ensemble.parameters(), 1000.0)}, data)
-            ensemble_optimizer.step()
-            # 4. actor-critics, from the posterior states of the same batch
+                loss = ensemble.loss(sigma, z, data["action"], embed, data["is_first"])
+            metrics["explore/ensemble_loss"] = loss
+            metrics["explore/ensemble_grad_norm"] = gradient_step(ensemble_adam, loss, 100.0)
+
+            # 4. Policies, imagined from some of the same posterior states.
             pick = torch.randperm(args.batch * args.length, device=device)[: args.starts]
-            z, sigma = z.flatten(0, 1)[pick], sigma.flatten(0, 1)[pick]  # (starts, S, K)
-            weight = 1.0 - data["is_terminal"].flatten()[pick].float()
-            with autocast:
-                if updates >= args.policy_start and updates % args.policy_every == 0:
-                    policy_metrics |= {f"task/{k}": v for k, v in task.update(draw, z, sigma, weight, task_reward, check).items()}
-                if updates >= args.policy_start and updates % args.explore_every == 0:
-                    policy_metrics |= {f"explore/{k}": v for k, v in explore.update(draw, z, sigma, weight, explore_reward, check).items()}
+            start = (z.flatten(0, 1)[pick], sigma.flatten(0, 1)[pick])  # (starts, S, K) each
+            alive = 1.0 - data["is_terminal"].flatten()[pick].float()  # (starts,)
+            for name, policy, adam, reward_of, every in learners:
+                if updates >= args.policy_start and updates % every == 0:
+                    with autocast:
+                        loss, found, policy.range = policy_losses(
+                            args, draw, dynamics, policy, *start, alive, reward_of
+                        )
+                    found["grad_norm"] = gradient_step(adam, loss, 100.0)
+                    policy.update_slow_critic()
+                    policy_metrics |= {f"{name}/{k}": v.detach() for k, v in found.items()}
+
             updates += 1
-            if updates % args.log_every == 0 or updates == total_updates:
-                metrics = metrics | policy_metrics
-                if finished:
-                    metrics["collect/episode_return"] = np.mean(finished)
-                    finished = []
-                shown = logger.log(updates, metrics)
-                logger.warn(updates > min(2000, total_updates // 2) and shown["world_model/kl"] < 1.01, "the KL lies at its free nat: if prediction.gif is blurred, "
-                            "the latent says nothing; then raise --image-scale and --vector-scale")
-                logger.warn(shown.get("task/entropy", 0) < -0.8 * sizes.action_size, "the task policy's entropy is at its floor: raise --entropy or "
-                            "--return-floor, or lower --actor-lr")  # the actor's smallest deviation, 0.1, has an entropy of -0.88 per action
-                most = replay.data["reward"][:, : len(replay)].abs().max().item() / (1 - args.gamma)  # no return is larger
-                logger.warn(shown.get("task/scale", 0) > max(args.return_floor, 4 * most), "the task's imagined returns spread wider than the rewards "
-                            "allow: the critic is running away, or rewards are predicted that were never seen; lower --actor-lr")  # fmt: skip
-                bar.set_postfix_str(
-                    f"updates {updates}/{total_updates} image {shown['world_model/image']:.2f} kl {shown['world_model/kl']:.1f} "
-                    f"return {shown.get('collect/episode_return', np.nan):.0f} imagined {shown.get('task/return', np.nan):.1f}"
-                )
-        obs, reward, terminated, truncated, _ = envs.step_wait() if args.parallel_envs else envs.step(action)
-        episode_return += reward
-        first, last, terminal = last, terminated | truncated, terminated
-        finished += episode_return[last].tolist()
-        episode_return[last] = 0.0
+            if updates % args.log_every == 0 or updates == total:
+                shown = run.log(updates, metrics | policy_metrics | episodes.metrics())
+                warn(run, args, shown, updates, total, replay)
+                bar.set_postfix_str(progress(shown, updates, total))
+
+        outcome = envs.step_wait() if args.parallel_envs else envs.step(action)
+        obs, reward, terminal, truncated, _ = outcome
+        first = last  # the step after an episode's end resets
+        last = terminal | truncated
+        episodes.add(reward, last)
         bar.update(args.n_envs)
-        if 10 * (step + args.n_envs) // args.steps > 10 * step // args.steps:  # ten times a run
-            pictures(draw, replay, logger, updates, device)
-            disagreement_map(draw, ensemble, replay, logger, updates, device)
-        if (step + args.n_envs) // args.save_every > step // args.save_every or interrupt.asked:
-            save(step + args.n_envs)
-            new_episodes = True
-            interrupt.waits = world == 1
-            if interrupt.asked:
-                logger.close()
-                interrupt.stop(f"saved after {step + args.n_envs} steps")
+        if run.due(step, max(args.steps // 10, 1), args.n_envs):
+            pictures(run, draw, ensemble, replay, updates, device)
+        if run.interrupted or run.due(step, args.save_every, args.n_envs):
+            save(run, step, args, sizes, modules, replay, replay_dir, updates)
     bar.close()
     envs.close()
-    seed_everything(args.seed)  # a run that is resumed here ends with the same pictures and figures
-    pictures(draw, replay, logger, updates, device)
-    disagreement_map(draw, ensemble, replay, logger, updates, device)
-    n = min(4096, len(replay) * args.n_envs) // (args.batch * args.length) + 1
-    save(args.steps, source_range=source_range(draw, (replay.sample(args.batch, args.length, device) for _ in range(n))))
-    logger.close()
-    print(f"wrote {run_dir}/draw.pt and {run_dir}/replay after {time.time() - start:.0f} s")
+    yardsticks = source_range(draw, replay, args, device)
+    save(run, args.steps, args, sizes, modules, replay, replay_dir, updates, yardsticks)
+    run.close()
+    print(f"wrote {run.dir}/draw.pt and {replay_dir} after {time.time() - start_time:.0f} s")
+
+
+# ---- What serves the loop ------------------------------------------------------------------------
+
+
+def check(args):
+    """Raises UserError for a flag that makes no sense."""
+    check_range(args, 1, 10**12, "steps", "episode_steps", "image_size", "log_every")
+    check_range(args, 1, 10**12, "policy_every", "explore_every", "save_every", "replay_size")
+    check_range(args, 1e-9, 10**9, "hold", "gain", "train_every", "return_floor")
+    check_range(args, 1e-9, 1, "lr", "actor_lr")
+    check_range(args, 1, 65536, "n_envs", "batch", "horizon", "S", "cnn_depth", "units")
+    check_range(args, 1, 65536, "actor_units", "vector_units", "vector_layers")
+    check_range(args, 2, 65536, "length", "ensemble", "K")  # a variable of one class says nothing
+    check_range(args, 0, 10**9, "soft_updates", "ensemble_target", "policy_start", "warmup")
+    check_range(args, 0, 10**9, "entropy", "image_scale", "vector_scale", "reward_scale")
+    check_range(args, 0, 1, "rewarded", "gamma", "lam", "augment")
+    check_range(args, 1, args.batch * args.length, "starts")  # no more than states of a batch
+    least = args.n_envs * args.length
+    if min(args.prefill, args.replay_size or least) < least or args.prefill >= args.steps:
+        raise UserError(
+            f"--prefill and --replay-size must be at least n_envs x length = {least} rows, and "
+            "--prefill less than --steps"
+        )
+    updates = int((args.steps - args.prefill) / args.train_every)
+    if args.collect != "random" and args.policy_start >= updates:
+        print(
+            f"warning: no policy is trained: --policy-start {args.policy_start}, but these --steps "
+            f"make {updates} updates; random actions collect"
+        )
+
+
+def join_processes(device):
+    """Under torchrun: from here on gradients are averaged over the processes."""
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def replay_rows(args, sizes):
+    """--replay-size, or all rows of the run as far as half of the machine's memory allows"""
+    row = sizes.image_size**2 * sizes.channels + 4 * (sizes.vector_size + sizes.action_size) + 7
+    fits = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (2 * row)
+    wanted = args.replay_size or args.steps
+    if wanted > fits:
+        print(f"the replay keeps the newest {fits} rows, half of this machine's memory")
+    return min(wanted, fits)
+
+
+def policy_adam(policy, lr):
+    """Actor and critic are two groups, because their gradients are cut separately."""
+    groups = [{"params": list(net.parameters())} for net in (policy.actor, policy.critic)]
+    return torch.optim.Adam(groups, lr, eps=1e-5, fused=True)
+
+
+def set_learning_rate(args, optimizers, update, total):
+    """It rises from 0 over `warmup` updates; with `decay` it falls to a tenth along a cosine."""
+    lr = args.lr * min(1.0, (update + 1) / max(args.warmup, 1))
+    if args.decay:
+        lr *= 0.55 + 0.45 * math.cos(math.pi * update / total)
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = lr
+
+
+def draw_collectors(args, n):
+    """Who acts in n new episodes: "explore", "task" or "random", (n,) names."""
+    drawn = np.array(["explore", "task", "random"])[np.random.randint(0, 3, n)]
+    return drawn if args.collect == "mixed" else np.full(n, args.collect)
+
+
+def act(collectors, actors, obs, noise):
+    """Actions (n_envs, A) of the collectors; those of "random" are `noise`."""
+    action = noise.copy()
+    for name, policy in actors.items():
+        mine = collectors == name
+        if mine.any():
+            action[mine] = policy(obs["image"][mine], obs["vector"][mine])
+    return action
+
+
+class EpisodeReturns:
+    """Sums rewards to the returns of the episodes that ended since the last metrics()."""
+
+    def __init__(self, n_envs):
+        self.running = np.zeros(n_envs)
+        self.finished = []
+
+    def add(self, reward, last):
+        self.running += reward
+        self.finished += self.running[last].tolist()
+        self.running[last] = 0.0
+
+    def metrics(self):
+        finished = self.finished
+        self.finished = []
+        return {"collect/episode_return": np.mean(finished)} if finished else {}
+
+
+def progress(shown, updates, total):
+    """The figures that matter, for the bar"""
+    return (
+        f"updates {updates}/{total} image {shown['world_model/image']:.2f} "
+        f"kl {shown['world_model/kl']:.1f} return {shown.get('collect/episode_return', np.nan):.4g} "
+        f"imagined {shown.get('task/return', np.nan):.3g}"
+    )
+
+
+def warn(run, args, shown, updates, total, replay):
+    """What usually goes wrong, in words, once each"""
+    run.warn(
+        updates > min(2000, total // 2) and shown["world_model/kl"] < 1.01,
+        "the KL lies at its free nat: if prediction.gif is blurred, the latent says nothing; then "
+        "raise --image-scale and --vector-scale",
+    )
+    # The actor's least deviation, 0.1, has an entropy of -0.88 per action.
+    run.warn(
+        shown.get("task/entropy", 0) < -0.8 * replay.data["action"].shape[-1],
+        "the task policy's entropy is at its floor: raise --entropy or --return-floor, or lower "
+        "--actor-lr",
+    )
+    largest = np.abs(replay.data["reward"][:, : len(replay)]).max() / max(1 - args.gamma, 1e-6)
+    run.warn(
+        shown.get("task/scale", 0) > max(args.return_floor, 4 * largest),
+        "the task's imagined returns spread wider than the rewards allow: the critic runs away, or "
+        "rewards are predicted that were never seen; lower --actor-lr",
+    )
+
+
+def save(run, step, args, sizes, modules, replay, replay_dir, updates, yardsticks=None):
+    """draw.pt and the replay for the later stages, state.pt for --resume."""
+    replay.save(replay_dir)
+    contents = {
+        "args": dataclasses.asdict(args),
+        "sizes": dataclasses.asdict(sizes),
+        "updates": updates,
+        "draw": modules["draw"].state_dict(),
+        "task_actor": modules["task"].actor.state_dict(),
+        "task_critic": modules["task"].critic.state_dict(),
+        "explore_actor": modules["explore"].actor.state_dict(),
+    }
+    if yardsticks:
+        contents["source_range"] = yardsticks
+    run.write("draw.pt", stage="draw_pretrain", **contents)
+    run.save(step, modules, rows=replay.added, updates=updates)
+
+
+@torch.no_grad()
+def source_range(draw, replay, args, device):
+    """How the world model does at home: stage 2 compares the target's data with it.
+
+    Returns: dict of plain numbers: "kl", KL(q || p) in nats a step, first steps left out; and the
+        1, 50 and 99 % quantiles over frames of "image error", "vector error" (of the
+        reconstruction) and "posterior entropy" (nats).
+    """
+    kls, frames = [], []
+    for _ in range(min(4096, len(replay) * args.n_envs) // (args.batch * args.length) + 1):
+        data = replay.sample(args.batch, args.length, device)
+        log_q = draw.posterior(draw.encoder(data["image"], data["vector"]))
+        z = sample_onehot(log_q.exp())
+        u = draw.observe(z, data["action"], data["is_first"])
+        kl = kl_categorical(log_q, unimix(u))  # (B, T)
+        kls.append(kl[:, 1:][~data["is_first"][:, 1:]])
+        errors = reconstruction_errors(draw, z, data["image"], data["vector"])
+        entropy = -(log_q.exp() * log_q).sum((-2, -1))
+        frames.append(torch.stack([*errors, entropy]).flatten(1))  # (3, B*T)
+    levels = torch.tensor([0.01, 0.5, 0.99], device=device)
+    quantiles = torch.quantile(torch.cat(frames, 1), levels, dim=1).T.tolist()  # 3 x 3
+    names = ("image error", "vector error", "posterior entropy")
+    return {"kl": torch.cat(kls).mean().item(), **dict(zip(names, quantiles, strict=True))}
+
+
+@torch.random.fork_rng()  # so that the run does not depend on its pictures
+@torch.no_grad()
+def pictures(run, draw, ensemble, replay, updates, device, T=40, newest=512):
+    """prediction.gif: four episodes, below each other reality, reconstruction, and the prediction
+    from the first frame and the actions alone. disagreement.gif, which does not move: where the
+    ensemble disagrees, and the frames that it knows least and best."""
+
+    def rows_of(key, rows, env=slice(None)):
+        return torch.from_numpy(replay.data[key][env, rows]).to(device)
+
+    # Rows of the first environment, oldest first, in episodes of T steps.
+    order = (replay.added - len(replay) + np.arange(len(replay))) % replay.length
+    begins = np.union1d(0, np.flatnonzero(replay.data["is_first"][0, order]))
+    lengths = np.diff(begins, append=len(order))
+    T = min(T, lengths.max())
+    rows = order[begins[lengths >= T][-4:, None] + np.arange(T)]  # (4, T)
+    image = rows_of("image", rows, 0)
+    seen = sample_onehot(draw.posterior(draw.encoder(image, rows_of("vector", rows, 0))).exp())
+    foreseen = draw.open_loop(Rectified(draw), seen[:, 0], rows_of("action", rows, 0)[:, :-1])
+    films = [image / 255.0, *(draw.decoder(z.flatten(-2)) for z in (seen, foreseen))]
+    film = torch.cat(list(torch.cat(films, 2)), 2).clamp(0, 1) * 255.0  # (T, 3 L, 4 L, C)
+    run.video(updates, "prediction", film.byte().cpu().numpy().repeat(2, 1).repeat(2, 2), fps=8)
+
+    rows = order[-max(1, newest // len(replay.data["reward"])) :]
+    image = rows_of("image", rows)  # (n_envs, n, L, L, C)
+    action = rows_of("action", rows)
+    z = sample_onehot(draw.posterior(draw.encoder(image, rows_of("vector", rows))).exp())
+    sigma = softmax(draw.observe(z, action, rows_of("is_first", rows)))
+    disagreement = ensemble.disagreement(sigma, z, action).flatten()
+    image = image.flatten(0, 1)[disagreement.argsort()].float()
+    strips = [torch.cat(list(image[:8]), 1), torch.cat(list(image[-8:]), 1)]
+    frame = torch.cat(strips).byte().cpu().numpy()  # best known above, least below
+    run.video(updates, "disagreement", frame[None].repeat(2, 1).repeat(2, 2))
+
+
+def augment(image, strength):
+    """Random changes of looks, other ones for each image: what differs between the camera of a
+    simulator and a real one. The world model sees the changed image and reconstructs the clean one,
+    so its latent leaves them out. A list like the authors', without superpixels and dropped
+    channels.
+
+    Args: image: uint8 (..., L, L, 3); strength: 0 changes nothing, 1 is the most.
+    Returns: uint8 (..., L, L, 3)
+    """
+    x = image.flatten(0, -4).permute(0, 3, 1, 2).contiguous() / 255.0  # (B, 3, L, L)
+    B, _, L, _ = x.shape
+    device = x.device
+
+    def vary(low, high, *shape, share=1.0):
+        """Uniform over [low, high] times strength for a share of the images, else 0; (B, *shape)"""
+        on = torch.rand(B, *[1] * len(shape), device=device) < share
+        return strength * torch.empty(B, *shape, device=device).uniform_(low, high) * on
+
+    # Where the camera looks: turned by up to 3 degrees, 5 % nearer or farther, shifted by 3 % of
+    # the picture, with a pincushion or barrel.
+    turn = vary(-0.05, 0.05, 1, 1)
+    zoom = vary(-0.05, 0.05, 1, 1)
+    shift = vary(-0.06, 0.06, 2, 1, 1)
+    bend = vary(-0.1, 0.1, 1, 1, share=0.5)
+    axis = (2 * torch.arange(L, device=device) + 1) / L - 1
+    v = axis[:, None]  # (L, 1), down
+    u = axis[None]  # (1, L), to the right
+    grow = 1 + zoom + bend * (u**2 + v**2)
+    right = grow * u - turn * v + shift[:, 0]
+    down = grow * v + turn * u + shift[:, 1]
+    grid = torch.stack([right, down], -1)  # (B, L, L, 2)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    # Smeared to a side, or with the opposite sign sharpened.
+    x = x + vary(-0.3, 0.5, 1, 1, 1, share=0.7) * (x.roll(1, -1) - x)
+    # Colours: one matrix turns the hue by up to 52 degrees, changes saturation and channels.
+    one = torch.eye(3, device=device)
+    grey = torch.full((3, 3), 1 / 3, device=device)
+    around = (one.roll(1, 0) - one.roll(1, 1)) / 3**0.5  # the turn around the axis of greys
+    hue = vary(-0.9, 0.9, 1, 1, share=0.8)
+    saturation = 1 + vary(-0.5, 0.5, 1, 1)
+    colours = grey + saturation * (hue.cos() * (one - grey) + hue.sin() * around)  # (B, 3, 3)
+    # Then contrast, fog and brightness; tone.
+    contrast = (1 + vary(-0.2, 0.2, 3, 1)) * (1 + vary(-0.3, 0.3, 1, 1))
+    fog = vary(0.0, 0.5, 1, 1, share=0.3)
+    colours = colours * contrast * (1 - fog)
+    brightness = vary(-0.2, 0.2, 1, 1) + fog
+    x = torch.baddbmm(brightness, colours, x.flatten(2)).view_as(x).clamp(0.0, 1.0)
+    x = x + vary(-0.5, 0.5, 1, 1, 1, share=0.2) * x * (1 - x)
+    # Noise, pixels that fail, and a rectangle that hides what is behind it.
+    noise = torch.rand_like(x)
+    x = x + vary(0.0, 0.3, 1, 1, 1) * (noise - 0.5)
+    x = x * (noise[:, :1] >= 0.005 * strength)
+    centre = torch.rand(B, 2, 1, 1, device=device) * 2 - 1
+    half = vary(0.0, 0.4, 2, 1, 1, share=0.5)
+    hidden = (u - centre[:, 0]).abs() < half[:, 0]
+    hidden = hidden & ((v - centre[:, 1]).abs() < half[:, 1])  # (B, L, L)
+    x = torch.where(hidden[:, None], torch.rand(B, 3, 1, 1, device=device), x)
+    return (x.clamp(0.0, 1.0) * 255.0).round().byte().permute(0, 2, 3, 1).reshape(image.shape)
 
 
 if __name__ == "__main__":
