@@ -241,8 +241,7 @@ class Decoder(nn.Module):
         n = int(np.log2(sizes.image_size)) - 2
         channels = sizes.cnn_depth * 2 ** (n - 1)
         linear = init_weights(nn.Linear(sizes.S * sizes.K, 16 * channels))
-        norm = nn.LayerNorm(channels, eps=1e-3)
-        self.start = nn.Sequential(linear, nn.Unflatten(-1, (4, 4, channels)), norm, nn.SiLU())
+        self.start = nn.Sequential(linear, nn.Unflatten(-1, (4, 4, channels)))
         layers = []
         for _ in range(n - 1):
             up = nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False)
@@ -293,10 +292,9 @@ class DRAW(nn.Module):
         return self.dynamics_net(inputs).unflatten(-1, z.shape[-2:])
 
     def initial(self):
-        """The learned state before a first step: z, the mode, and sigma; (S, K) each"""
+        """The learned state before a first step: z, the mode without gradient, sigma; (S, K)"""
         sigma = self.initial_logits.softmax(-1)
-        mode = F.one_hot(sigma.argmax(-1), self.sizes.K).to(sigma)
-        return mode + sigma - sigma.detach(), sigma
+        return F.one_hot(sigma.argmax(-1), self.sizes.K).to(sigma), sigma
 
     def previous(self, z, action, is_first):
         """z_{t-1} (B, T, S, K) and a_{t-1} (B, T, A) of each t; at first steps the initial ones.

@@ -306,7 +306,7 @@ class Ensemble(nn.Module):
 
     def disagreement(self, sigma, z, action):
         """The intrinsic reward (...): standard deviation over members, averaged over E"""
-        return self(sigma, z, action).std(0).mean(-1)
+        return self(sigma, z, action).std(0, correction=0).mean(-1)
 
 
 # ---- Policies in imagination ---------------------------------------------------------------------
