@@ -1,5 +1,6 @@
-"""Which row belongs to which: tests that fail when an index is off by one. The rows come from a world in which every transition can be
-checked; the arithmetic of aligned rows is in test_oracles.py."""
+"""Which row belongs to which: tests that fail when an index is off by one. The rows come from a
+world in which every transition can be checked; the arithmetic of aligned rows is in
+test_oracles.py."""
 
 import numpy as np
 import pytest
@@ -18,26 +19,53 @@ from redraw_adapt import Rectified, adaptation_loss, encode_dataset
 def check_rows(rows, env_id):
     """Row t: x_t, the reward and the end on ARRIVING at x_t, the action taken AT x_t"""
     cell = np.rint((rows["vector"][:, 0] + 1) * COLUMNS + rows["vector"][:, 1] + 1.5).astype(int)
-    shown = rows["image"][..., 0].reshape(-1, 4, 4, COLUMNS, 4).mean((2, 4)).reshape(-1, 4 * COLUMNS).argmax(-1)  # the white square
+    shown = (
+        rows["image"][..., 0]
+        .reshape(-1, 4, 4, COLUMNS, 4)
+        .mean((2, 4))
+        .reshape(-1, 4 * COLUMNS)
+        .argmax(-1)
+    )  # the white square
     assert np.array_equal(cell, shown)
     first, last = rows["is_first"], rows["is_last"]
     moves = 0
     for t in range(1, len(cell)):
         if not first[t]:
-            assert cell[t] == next_cell(cell[t - 1], which_action(rows["action"][t - 1]), ORDER[env_id])
+            assert cell[t] == next_cell(
+                cell[t - 1], which_action(rows["action"][t - 1]), ORDER[env_id]
+            )
             moves += 1
         assert not last[t - 1] or first[t]
-    assert moves > 0.8 * len(cell) and set(which_action(rows["action"])) == {0, 1, 2, 3} and set(cell) == set(range(CELLS))
-    assert np.array_equal(rows["is_terminal"], cell == PIT) and not (rows["is_terminal"] & ~last).any()
-    assert (last & ~rows["is_terminal"]).any()  # episodes that were cut at the time limit do not end for the model
+    assert (
+        moves > 0.8 * len(cell)
+        and set(which_action(rows["action"])) == {0, 1, 2, 3}
+        and set(cell) == set(range(CELLS))
+    )
+    assert (
+        np.array_equal(rows["is_terminal"], cell == PIT) and not (rows["is_terminal"] & ~last).any()
+    )
+    assert (
+        last & ~rows["is_terminal"]
+    ).any()  # episodes that were cut at the time limit do not end for the model
     if "reward" in rows:
         assert np.array_equal(rows["reward"], (cell == GOAL) & ~first)
 
 
 SMALL = {
-    "S": 3, "K": 4, "cnn_depth": 2, "vector_units": 8, "vector_layers": 1, "units": 16, "actor_units": 16, "ensemble": 2, "ensemble_target": 2,
-    "batch": 4, "length": 6, "horizon": 2, "device": "cpu",
-}  # fmt: skip
+    "S": 3,
+    "K": 4,
+    "cnn_depth": 2,
+    "vector_units": 8,
+    "vector_layers": 1,
+    "units": 16,
+    "actor_units": 16,
+    "ensemble": 2,
+    "ensemble_target": 2,
+    "batch": 4,
+    "length": 6,
+    "horizon": 2,
+    "device": "cpu",
+}
 
 
 @pytest.mark.parametrize("collect", ["random", "mixed"])
@@ -59,12 +87,25 @@ def test_rows_and_starts_of_stage_1(monkeypatch, tmp_path, collect):
 
     monkeypatch.setattr(draw_pretrain, "world_model_loss", numbered_loss)
     monkeypatch.setattr(draw_pretrain.ActorCritic, "update", recorded_update)
-    draw_pretrain.main(draw_pretrain.Args(env_id=SOURCE, run_dir=str(tmp_path), steps=900, prefill=600, train_every=30, collect=collect, starts=10, **SMALL))
+    draw_pretrain.main(
+        draw_pretrain.Args(
+            env_id=SOURCE,
+            run_dir=str(tmp_path),
+            steps=900,
+            prefill=600,
+            train_every=30,
+            collect=collect,
+            starts=10,
+            **SMALL,
+        )
+    )
     check_rows(load_dataset(tmp_path / "replay"), SOURCE)
     assert len(starts) == 2 * len(batches) == 20  # of the task and of the exploration
     for i, (z, number, weight) in enumerate(starts):
         batch_z, terminal = batches[i // 2]
-        assert torch.equal(z, batch_z.flatten(0, 1)[number]) and torch.equal(weight, 1.0 - terminal.flatten()[number].float())
+        assert torch.equal(z, batch_z.flatten(0, 1)[number]) and torch.equal(
+            weight, 1.0 - terminal.flatten()[number].float()
+        )
         assert number.unique().numel() == 10
     assert any(0 in weight for _, _, weight in starts)
 
@@ -80,26 +121,48 @@ def test_ensemble_is_trained_on_what_the_world_model_saw(monkeypatch, tmp_path):
 
     def compare(self, sigma, z, action, embed, is_first):
         data, embed_seen, z_seen, sigma_seen = seen[-1]
-        pairs = (sigma, sigma_seen), (z, z_seen), (action, data["action"]), (embed, embed_seen), (is_first, data["is_first"])
+        pairs = (
+            (sigma, sigma_seen),
+            (z, z_seen),
+            (action, data["action"]),
+            (embed, embed_seen),
+            (is_first, data["is_first"]),
+        )
         assert all(torch.equal(a, b) for a, b in pairs)
         return ensemble_loss(self, sigma, z, action, embed, is_first)
 
     monkeypatch.setattr(draw_pretrain, "world_model_loss", recorded)
     monkeypatch.setattr(draw_pretrain.Ensemble, "loss", compare)
-    draw_pretrain.main(draw_pretrain.Args(env_id=SOURCE, run_dir=str(tmp_path), steps=160, prefill=100, train_every=30, starts=4, **SMALL))
+    draw_pretrain.main(
+        draw_pretrain.Args(
+            env_id=SOURCE,
+            run_dir=str(tmp_path),
+            steps=160,
+            prefill=100,
+            train_every=30,
+            starts=4,
+            **SMALL,
+        )
+    )
     assert len(seen) == 2
 
 
 @pytest.mark.parametrize("policy", [None, lambda image, vector: np.sign(vector) * 0.5 + 0.1])
 def test_rows_of_stage_2(policy):
-    args = redraw_adapt.Args(checkpoint="", collect_steps=900, collect_noise=0.5, hold=2.0, n_envs=3)
+    args = redraw_adapt.Args(
+        checkpoint="", collect_steps=900, collect_noise=0.5, hold=2.0, n_envs=3
+    )
     rows = redraw_adapt.collect(args, make_envs(TARGET, 3), policy)
-    assert set(rows) == {"image", "vector", "action", "is_first", "is_last", "is_terminal"} and len(rows["action"]) == 900
+    assert (
+        set(rows) == {"image", "vector", "action", "is_first", "is_last", "is_terminal"}
+        and len(rows["action"]) == 900
+    )
     check_rows(rows, TARGET)
 
 
 def test_residual_sees_the_step_before():
-    """At t the residual sees z_{t-1} and a_{t-1}; at the first step of a sequence or an episode neither, but the initial state and no action."""
+    """At t the residual sees z_{t-1} and a_{t-1}; at the first step of a sequence or an episode
+    neither, but the initial state and no action."""
     draw = DRAW(TINY)
     nn.init.normal_(draw.initial_logits)
     rectified, seen = Rectified(draw, "residual", hidden=8), []
@@ -107,27 +170,44 @@ def test_residual_sees_the_step_before():
     z, _, action = random_states(2, 6)
     first = torch.zeros(2, 6, dtype=torch.bool)
     first[0, 3] = first[1, 1] = True
-    adaptation_loss(draw, rectified, torch.randn(2, 6, TINY.S, TINY.K).log_softmax(-1), z, action, first)
+    adaptation_loss(
+        draw, rectified, torch.randn(2, 6, TINY.S, TINY.K).log_softmax(-1), z, action, first
+    )
     assert len(seen) == 6
     fresh = torch.cat([draw.initial(1)[0].flatten(), torch.zeros(1)])
     for b in range(2):
         for t in range(6):
-            before = fresh if t == 0 or first[b, t] else torch.cat([z[b, t - 1].flatten(), action[b, t - 1]])
+            before = (
+                fresh
+                if t == 0 or first[b, t]
+                else torch.cat([z[b, t - 1].flatten(), action[b, t - 1]])
+            )
             assert torch.allclose(seen[t][b], before, atol=1e-6)
 
 
 @pytest.fixture
 def numbered(tmp_path):
-    """(checkpoint, data file, rows, log-posteriors): a data set whose actions are the row numbers / 1000, in episodes of 10 rows"""
+    """(checkpoint, data file, rows, log-posteriors): a data set whose actions are the row numbers /
+    1000, in episodes of 10 rows"""
     draw = DRAW(TINY)
     rows, number = random_rows(80), np.arange(80)
-    rows |= {"action": (number[:, None] / 1000).astype(np.float32), "is_first": number % 10 == 0, "is_last": number % 10 == 9}
+    rows |= {
+        "action": (number[:, None] / 1000).astype(np.float32),
+        "is_first": number % 10 == 0,
+        "is_last": number % 10 == 9,
+    }
     save_dataset(tmp_path / "data.npz", rows)
-    return save_tiny_draw(tmp_path / "draw.pt", draw), str(tmp_path / "data.npz"), rows, encode_dataset(draw, rows, "cpu")
+    return (
+        save_tiny_draw(tmp_path / "draw.pt", draw),
+        str(tmp_path / "data.npz"),
+        rows,
+        encode_dataset(draw, rows, "cpu"),
+    )
 
 
 def check_sequences(action, first, rows):
-    """The rows (B, T) of sequences of actions: consecutive ones, but where whole episodes are left out"""
+    """The rows (B, T) of sequences of actions: consecutive ones, but where whole episodes are left
+    out"""
     number = (action[..., 0] * 1000).round().long()
     assert torch.equal(first, torch.from_numpy(rows["is_first"])[number])
     assert ((number.diff(dim=1) == 1) | first[:, 1:]).all()
@@ -135,7 +215,8 @@ def check_sequences(action, first, rows):
 
 
 def test_batches_of_stage_2(monkeypatch, tmp_path, numbered):
-    """What main hands to its loss: posterior, sample, action and border of the same rows; no held-out episode is trained on"""
+    """What main hands to its loss: posterior, sample, action and border of the same rows; no
+    held-out episode is trained on"""
     checkpoint, data, rows, posterior = numbered
     episodes, original = {True: set(), False: set()}, redraw_adapt.adaptation_loss
 
@@ -147,9 +228,23 @@ def test_batches_of_stage_2(monkeypatch, tmp_path, numbered):
         return original(draw, rectified, q, z, action, is_first)
 
     monkeypatch.setattr(redraw_adapt, "adaptation_loss", compare)
-    redraw_adapt.main(redraw_adapt.Args(checkpoint, data, run_dir=str(tmp_path / "run"), device="cpu", hidden=8, updates=60, batch=4, length=5,
-                                        holdout=0.25, log_every=60))  # fmt: skip
-    assert len(episodes[True]) == 6 and episodes[False] == set(range(8))  # a quarter of the eight episodes is only looked at
+    redraw_adapt.main(
+        redraw_adapt.Args(
+            checkpoint,
+            data,
+            run_dir=str(tmp_path / "run"),
+            device="cpu",
+            hidden=8,
+            updates=60,
+            batch=4,
+            length=5,
+            holdout=0.25,
+            log_every=60,
+        )
+    )
+    assert len(episodes[True]) == 6 and episodes[False] == set(
+        range(8)
+    )  # a quarter of the eight episodes is only looked at
 
 
 def test_starts_of_stage_3(monkeypatch, tmp_path, numbered):
@@ -163,9 +258,24 @@ def test_starts_of_stage_3(monkeypatch, tmp_path, numbered):
         return original(self, z, action, is_first, dynamics)
 
     monkeypatch.setattr(DRAW, "observe", recorded)
-    train_policy.main(train_policy.Args(checkpoint, data, run_dir=str(tmp_path / "run"), device="cpu", updates=120, batch=8, length=5, horizon=2))
+    train_policy.main(
+        train_policy.Args(
+            checkpoint,
+            data,
+            run_dir=str(tmp_path / "run"),
+            device="cpu",
+            updates=120,
+            batch=8,
+            length=5,
+            horizon=2,
+        )
+    )
     number, z = torch.cat([n for n, _ in seen]), torch.cat([z for _, z in seen])
     assert set(number[:, 0].tolist()) == set(range(76))  # every start of five rows
-    # Samples of the posteriors of their own rows fit these better than those of the rows around them.
-    fit = [(z * posterior[(number + shift).clamp(0, 79)]).sum((-2, -1)).mean().item() for shift in (-1, 0, 1)]
+    # Samples of the posteriors of their own rows fit these better than those of the rows around
+    # them.
+    fit = [
+        (z * posterior[(number + shift).clamp(0, 79)]).sum((-2, -1)).mean().item()
+        for shift in (-1, 0, 1)
+    ]
     assert fit[1] > max(fit[0], fit[2])

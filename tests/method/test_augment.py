@@ -10,19 +10,39 @@ import draw_pretrain
 from common import DRAW, Sizes, kl_categorical
 from draw_pretrain import Args, augment, source_range, world_model_loss
 
-SIZES = Sizes(image_size=16, vector_size=1, action_size=1, S=8, K=4, cnn_depth=8, vector_units=8, vector_layers=1, units=32, actor_units=8)
+SIZES = Sizes(
+    image_size=16,
+    vector_size=1,
+    action_size=1,
+    S=8,
+    K=4,
+    cnn_depth=8,
+    vector_units=8,
+    vector_layers=1,
+    units=32,
+    actor_units=8,
+)
 
 
 def scenes(B, T=2):
-    """Replayed sequences (B, T, ...) of one frame each: a bar somewhere on a dull floor below a sky"""
+    """Replayed sequences (B, T, ...) of one frame each: a bar somewhere on a dull floor below a
+    sky"""
     place = torch.randint(2, 14, (B, T))
     image = torch.full((B, T, 16, 16, 3), 90, dtype=torch.uint8)
     image[:, :, :6] = torch.tensor([120, 160, 200], dtype=torch.uint8)
     bar = (torch.arange(16) - place[..., None]).abs() <= 1  # (B, T, 16)
-    image[:, :, 6:] = torch.where(bar[:, :, None, :, None], torch.tensor([230, 220, 60], dtype=torch.uint8), image[:, :, 6:])
+    image[:, :, 6:] = torch.where(
+        bar[:, :, None, :, None], torch.tensor([230, 220, 60], dtype=torch.uint8), image[:, :, 6:]
+    )
     true = torch.ones(B, T, dtype=torch.bool)
-    return {"image": image, "vector": torch.zeros(B, T, 1), "action": torch.zeros(B, T, 1), "reward": torch.zeros(B, T),
-            "is_first": true, "is_terminal": ~true}  # fmt: skip
+    return {
+        "image": image,
+        "vector": torch.zeros(B, T, 1),
+        "action": torch.zeros(B, T, 1),
+        "reward": torch.zeros(B, T),
+        "is_first": true,
+        "is_terminal": ~true,
+    }
 
 
 def test_zero_strength_is_the_identity():
@@ -37,10 +57,14 @@ def test_images_stay_images_and_each_is_changed_in_its_own_way(strength):
     seen = augment(image, strength)
     assert seen.shape == image.shape and seen.dtype == torch.uint8 and torch.equal(image, before)
     change = (seen.int() - image.int()).abs().float()
-    assert (change.mean((2, 3, 4)) > 0.5).all() and change.mean() < 75  # all are changed, none beyond recognition on average
+    assert (
+        change.mean((2, 3, 4)) > 0.5
+    ).all() and change.mean() < 75  # all are changed, none beyond recognition on average
     assert len(torch.unique(seen.flatten(0, 1).flatten(1), dim=0)) == 192
     assert seen.float().mean((2, 3)).std((0, 1)).min() > 4 * strength  # light and colours differ
-    lower, upper = (augment(image, s).int().sub(image.int()).abs().float().mean() for s in (0.2, 0.8))
+    lower, upper = (
+        augment(image, s).int().sub(image.int()).abs().float().mean() for s in (0.2, 0.8)
+    )
     assert lower < upper
 
 
@@ -54,7 +78,11 @@ def test_the_encoder_sees_the_changed_frame_and_the_decoder_is_shown_the_clean_o
     draw, data, seen, targets = DRAW(SIZES), scenes(4), [], []
     real = draw_pretrain.reconstruction_errors
     monkeypatch.setattr(draw_pretrain, "augment", lambda image, strength: 255 - image)
-    monkeypatch.setattr(draw_pretrain, "reconstruction_errors", lambda draw, z, image, vector: targets.append(image) or real(draw, z, image, vector))
+    monkeypatch.setattr(
+        draw_pretrain,
+        "reconstruction_errors",
+        lambda draw, z, image, vector: targets.append(image) or real(draw, z, image, vector),
+    )
     draw.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     world_model_loss(draw, data, Args(augment=0.5), 0.0)
     world_model_loss(draw, data, Args(augment=0.0), 0.0)
@@ -69,7 +97,9 @@ def test_off_draws_no_random_numbers():
     losses = []
     for change in ({}, {"augment": 0.0}):
         torch.manual_seed(3)
-        losses.append(world_model_loss(draw, data, dataclasses.replace(Args(), **change), 0.0)[0].item())
+        losses.append(
+            world_model_loss(draw, data, dataclasses.replace(Args(), **change), 0.0)[0].item()
+        )
     torch.manual_seed(3)
     assert losses[0] == losses[1] != world_model_loss(draw, data, Args(augment=0.5), 0.0)[0].item()
 
@@ -89,9 +119,19 @@ def test_the_latent_of_a_changed_frame_is_nearer_to_that_of_the_clean_one():
         torch.manual_seed(1)
         data = scenes(64)
         with torch.no_grad():
-            clean, changed = (draw.posterior(draw.encoder(i, data["vector"])) for i in (data["image"], augment(data["image"], 0.6)))
+            clean, changed = (
+                draw.posterior(draw.encoder(i, data["vector"]))
+                for i in (data["image"], augment(data["image"], 0.6))
+            )
         apart[strength] = kl_categorical(clean, changed).mean().item()
         error[strength] = metrics["world_model/image"].item()
-    blurred = np.square(data["image"].numpy() / 255 - data["image"].numpy().mean((0, 1)) / 255).sum((-3, -2, -1)).mean()
+    blurred = (
+        np.square(data["image"].numpy() / 255 - data["image"].numpy().mean((0, 1)) / 255)
+        .sum((-3, -2, -1))
+        .mean()
+    )
     assert apart[0.6] < 0.5 * apart[0.0], apart
-    assert error[0.0] < 0.5 * blurred and error[0.6] < 0.8 * blurred, (error, blurred)  # both know where the bar is
+    assert error[0.0] < 0.5 * blurred and error[0.6] < 0.8 * blurred, (
+        error,
+        blurred,
+    )  # both know where the bar is

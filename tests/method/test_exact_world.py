@@ -1,12 +1,27 @@
-"""All three stages on a world whose dynamics and best return are known. What is asserted holds with each of five seeds (exact_world.py)."""
+"""All three stages on a world whose dynamics and best return are known. What is asserted holds with
+each of five seeds (exact_world.py)."""
 
 import numpy as np
 import pytest
 import torch
-from exact_world import CELLS, GOAL, PIT, SOURCE, adapt, judge, learn_source, mode, next_cell, observation, returns_and_best, train
+from exact_world import (
+    CELLS,
+    GOAL,
+    PIT,
+    SOURCE,
+    adapt,
+    all_cells,
+    judge,
+    learn_source,
+    mode,
+    next_cell,
+    observation,
+    returns_and_best,
+    train,
+)
 
 from common import load_checkpoint, load_draw
-from redraw_adapt import encode_dataset
+from redraw_adapt import encode
 
 SEED = 3
 
@@ -30,7 +45,14 @@ def test_the_world_is_as_described():
     for order in ((0, 1, 2, 3), (1, 0, 2, 3)):
         for cell in range(CELLS):
             assert len({next_cell(cell, a, order) for a in range(4)} - {cell}) == 4
-    assert sum(next_cell(c, a, (0, 1, 2, 3)) != next_cell(c, a, (1, 0, 2, 3)) for c in range(CELLS) for a in range(4)) == 2 * CELLS
+    assert (
+        sum(
+            next_cell(c, a, (0, 1, 2, 3)) != next_cell(c, a, (1, 0, 2, 3))
+            for c in range(CELLS)
+            for a in range(4)
+        )
+        == 2 * CELLS
+    )
     pictures = {observation(cell)["image"].tobytes() for cell in range(CELLS)}
     assert len(pictures) == CELLS
 
@@ -38,8 +60,7 @@ def test_the_world_is_as_described():
 def test_reward_and_continue_are_those_of_arriving(source):
     """An index that is off by one would smear both over the neighbours."""
     draw = load_draw(load_checkpoint(source, ("draw_pretrain",)), "cpu")
-    cells = {k: np.stack([observation(c)[k] for c in range(CELLS)]) for k in ("image", "vector")} | {"is_first": np.ones(CELLS, bool)}
-    q = encode_dataset(draw, cells, "cpu")
+    q = encode(draw, all_cells(), "cpu")["log_q"]
     z = torch.nn.functional.one_hot(q.argmax(-1), q.shape[-1]).float()
     is_goal, is_pit = torch.arange(CELLS) == GOAL, torch.arange(CELLS) == PIT
     reward, cont = draw.reward(z), draw.cont(z)
@@ -62,6 +83,10 @@ def test_the_policy_is_the_best_there_is(folder, adapted):
 
 
 def test_a_replacement_overfits_where_a_residual_does_not(folder, source):
-    """200 transitions are about 4 of each of the 44 pairs of cell and action: enough to correct half of them, not to learn them all anew"""
-    kl, replaced_kl = (judge(f"{adapt(folder, source, 200, SEED, method)}/last.pt")[1] for method in ("residual", "replace"))
+    """200 transitions are about 4 of each of the 44 pairs of cell and action: enough to correct
+    half of them, not to learn them all anew"""
+    kl, replaced_kl = (
+        judge(f"{adapt(folder, source, 200, SEED, method)}/last.pt")[1]
+        for method in ("residual", "replace")
+    )
     assert kl < replaced_kl

@@ -1,4 +1,5 @@
-"""The losses against numbers worked out by hand. Stubs stand for the networks wherever only the arithmetic counts."""
+"""The losses against numbers worked out by hand. Stubs stand for the networks wherever only the
+arithmetic counts."""
 
 import csv
 import dataclasses
@@ -14,8 +15,21 @@ from torch import nn
 
 import draw_pretrain
 import train_policy
-from common import (BINS, DRAW, Critic, Sizes, kl_categorical, load_policy, sample_onehot, save_dataset, symexp, symlog,
-                    twohot_log_prob, twohot_mean, unimix)  # fmt: skip
+from common import (
+    BINS,
+    DRAW,
+    Critic,
+    Sizes,
+    kl_categorical,
+    load_policy,
+    sample_onehot,
+    save_dataset,
+    symexp,
+    symlog,
+    twohot_log_prob,
+    twohot_mean,
+    unimix,
+)
 from draw_pretrain import ActorCritic, Ensemble, world_model_loss
 from redraw_adapt import Rectified, adaptation_loss
 
@@ -25,11 +39,14 @@ STEP = 40 / (BINS - 1)  # between two bins; bin 127 lies at 0
 def test_symlog():
     x = torch.tensor([-1000.0, -1.5, -1e-3, 0.0, 0.3, 7.0, 1e5])
     assert torch.allclose(symexp(symlog(x)), x, rtol=1e-4)
-    assert symlog(torch.tensor(math.e - 1)).item() == pytest.approx(1.0) and symlog(torch.tensor(1 - math.e)).item() == pytest.approx(-1.0)
+    assert symlog(torch.tensor(math.e - 1)).item() == pytest.approx(1.0) and symlog(
+        torch.tensor(1 - math.e)
+    ).item() == pytest.approx(-1.0)
 
 
 def twohot(x):
-    """The two-hot encoding of x (n,), from the gradient of the cross-entropy: d/dlogits = target - softmax"""
+    """The two-hot encoding of x (n,), from the gradient of the cross-entropy: d/dlogits = target -
+    softmax"""
     logits = torch.zeros(len(x), BINS, requires_grad=True)
     return torch.autograd.grad(twohot_log_prob(logits, x).sum(), logits)[0] + 1 / BINS
 
@@ -57,24 +74,32 @@ def test_twohot_puts_its_mass_around_the_value(position, bins):
 def test_twohot_mean_is_the_value():
     x = torch.tensor([-300.0, -1.0, 0.0, 0.2, 1.0, 40.0, 5000.0])
     assert torch.allclose(twohot_mean(twohot(x).clamp(min=1e-12).log()), x, rtol=1e-3, atol=1e-4)
-    assert twohot_log_prob(torch.zeros(2, BINS), x[:2]).tolist() == pytest.approx([-math.log(255)] * 2)
+    assert twohot_log_prob(torch.zeros(2, BINS), x[:2]).tolist() == pytest.approx(
+        [-math.log(255)] * 2
+    )
 
 
 def test_kl_categorical():
     p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
-    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)  # and nothing from the second variable
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(
+        0.5 / 0.75
+    )  # and nothing from the second variable
     assert kl_categorical(p.log(), q.log()).item() == pytest.approx(expected, rel=1e-5)
-    assert kl_categorical(torch.randn(7, 2, 4).log_softmax(-1), torch.randn(7, 2, 4).log_softmax(-1)).shape == (7,)
+    assert kl_categorical(
+        torch.randn(7, 2, 4).log_softmax(-1), torch.randn(7, 2, 4).log_softmax(-1)
+    ).shape == (7,)
 
 
-# ---- the world model: a stub whose posterior and prior are given, and whose heads say nothing of the latent
+# ---- the world model: a stub whose posterior and prior are given, and whose heads say nothing of
+# the latent
 
 B, T, S, K = 2, 4, 3, 4
 PAPER = draw_pretrain.Args()
 
 
 def stub_draw(q, u, seen):
-    """q log-probabilities and u logits, (B, T, S, K) each; `seen` collects the latents that the decoder was given"""
+    """q log-probabilities and u logits, (B, T, S, K) each; `seen` collects the latents that the
+    decoder was given"""
     return SimpleNamespace(
         encoder=lambda image, vector: torch.zeros(B, T, 5),
         posterior=lambda embed: q,
@@ -88,50 +113,86 @@ def stub_draw(q, u, seen):
 
 def stub_data():
     data = {
-        "image": torch.zeros(B, T, 4, 4, 3, dtype=torch.uint8), "vector": torch.full((B, T, 2), math.e - 1), "action": torch.zeros(B, T, 1),
-        "reward": torch.zeros(B, T), "is_first": torch.zeros(B, T, dtype=torch.bool), "is_terminal": torch.zeros(B, T, dtype=torch.bool),
-    }  # fmt: skip
+        "image": torch.zeros(B, T, 4, 4, 3, dtype=torch.uint8),
+        "vector": torch.full((B, T, 2), math.e - 1),
+        "action": torch.zeros(B, T, 1),
+        "reward": torch.zeros(B, T),
+        "is_first": torch.zeros(B, T, dtype=torch.bool),
+        "is_terminal": torch.zeros(B, T, dtype=torch.bool),
+    }
     data["is_first"][0, 2] = True
     data["is_terminal"][1, 3] = True
     return data
 
 
-# The first step of each sequence, and the border in the middle of one of them, have no cause to be predicted from.
+# The first step of each sequence, and the border in the middle of one of them, have no cause to be
+# predicted from.
 NOT_FIRST = torch.tensor([[False, True, False, True], [False, True, True, True]])
 
 
-@pytest.mark.parametrize("sharp", [0.5, 6.0])  # posteriors whose KL to the prior is below and above the free nat
+@pytest.mark.parametrize(
+    "sharp", [0.5, 6.0]
+)  # posteriors whose KL to the prior is below and above the free nat
 def test_world_model_loss(sharp):
     logits_q = (sharp * F.one_hot(torch.randint(K, (B, T, S)), K).float()).requires_grad_()
     u = torch.zeros(B, T, S, K, requires_grad=True)
     q = unimix(logits_q)
-    loss, metrics, (_, _, sigma) = world_model_loss(stub_draw(q, u, []), stub_data(), PAPER, soft=0.0)
+    loss, metrics, (_, _, sigma) = world_model_loss(
+        stub_draw(q, u, []), stub_data(), PAPER, soft=0.0
+    )
 
-    kl = S * (math.log(K) + (q[0, 0, 0].exp() * q[0, 0, 0]).sum().item())  # to a uniform prior, alike at every step
+    kl = S * (
+        math.log(K) + (q[0, 0, 0].exp() * q[0, 0, 0]).sum().item()
+    )  # to a uniform prior, alike at every step
     assert (kl > 1) == (sharp == 6.0)
-    assert metrics["world_model/kl"].item() == pytest.approx(kl, rel=1e-4)  # as it is, without free bits
-    image, vector, reward = 48 * 0.5**2, 2 * 1.0**2, math.log(255)  # 4*4*3 pixels off by a half, two symlogs of 1, uniform bins
-    cont = (7 * math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2))) / 8  # a logit of 2 in 8 steps, one of them terminal
-    expected = image + vector + reward + cont + 2.0 * max(1.0, kl) * NOT_FIRST.sum().item() / (B * T)
+    assert metrics["world_model/kl"].item() == pytest.approx(
+        kl, rel=1e-4
+    )  # as it is, without free bits
+    image, vector, reward = (
+        48 * 0.5**2,
+        2 * 1.0**2,
+        math.log(255),
+    )  # 4*4*3 pixels off by a half, two symlogs of 1, uniform bins
+    cont = (
+        7 * math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2))
+    ) / 8  # a logit of 2 in 8 steps, one of them terminal
+    expected = (
+        image + vector + reward + cont + 2.0 * max(1.0, kl) * NOT_FIRST.sum().item() / (B * T)
+    )
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
-    # 1.5 pulls the prior to the posterior, 0.5 the posterior to the prior, and neither of them moves below the free nat.
-    grad_q, grad_u = torch.autograd.grad(loss, (logits_q, u), allow_unused=True, materialize_grads=True)
+    # 1.5 pulls the prior to the posterior, 0.5 the posterior to the prior, and neither of them
+    # moves below the free nat.
+    grad_q, grad_u = torch.autograd.grad(
+        loss, (logits_q, u), allow_unused=True, materialize_grads=True
+    )
     p = unimix(u)
     mean = NOT_FIRST / (B * T) * (kl > 1)
     expected_u = torch.autograd.grad((1.5 * kl_categorical(q.detach(), p) * mean).sum(), u)[0]
-    expected_q = torch.autograd.grad((0.5 * kl_categorical(unimix(logits_q), p.detach()) * mean).sum(), logits_q)[0]
-    assert torch.allclose(grad_u, expected_u, atol=1e-6) and torch.allclose(grad_q, expected_q, atol=1e-6)
-    assert torch.allclose(sigma, torch.full_like(u, 1 / K))  # the belief that is handed on is the plain softmax
+    expected_q = torch.autograd.grad(
+        (0.5 * kl_categorical(unimix(logits_q), p.detach()) * mean).sum(), logits_q
+    )[0]
+    assert torch.allclose(grad_u, expected_u, atol=1e-6) and torch.allclose(
+        grad_q, expected_q, atol=1e-6
+    )
+    assert torch.allclose(
+        sigma, torch.full_like(u, 1 / K)
+    )  # the belief that is handed on is the plain softmax
 
 
 def test_world_model_loss_weighs_its_parts():
     q = u = torch.zeros(B, T, S, K).log_softmax(-1)
 
     def loss(**scales):
-        return world_model_loss(stub_draw(q, u, []), stub_data(), dataclasses.replace(PAPER, **scales), 0.0)[0].item()
+        return world_model_loss(
+            stub_draw(q, u, []), stub_data(), dataclasses.replace(PAPER, **scales), 0.0
+        )[0].item()
 
-    for name, part in (("image_scale", 48 * 0.5**2), ("vector_scale", 2.0), ("reward_scale", math.log(255))):
+    for name, part in (
+        ("image_scale", 48 * 0.5**2),
+        ("vector_scale", 2.0),
+        ("reward_scale", math.log(255)),
+    ):
         assert loss(**{name: 3.0}) - loss() == pytest.approx(2 * part, rel=1e-4)
 
 
@@ -142,7 +203,9 @@ def test_soft_latents_fade_from_probabilities_to_samples():
     soft, hard, half = (z.unflatten(-1, (S, K)) for z in seen)
     assert torch.allclose(soft, q.exp(), atol=1e-5)
     assert torch.allclose(hard.max(-1).values, torch.ones(B, T, S), atol=1e-5)
-    assert torch.allclose(half - 0.5 * q.exp(), (half - 0.5 * q.exp()).round(decimals=1), atol=1e-5)  # the other half is one-hot
+    assert torch.allclose(
+        half - 0.5 * q.exp(), (half - 0.5 * q.exp()).round(decimals=1), atol=1e-5
+    )  # the other half is one-hot
 
 
 def test_world_model_learns_from_every_part_of_the_loss():
@@ -161,12 +224,18 @@ def test_ensemble_loss():
     ensemble = Ensemble(sizes, 3, members=2, target=0)
     for i, member in enumerate(ensemble.members):
         nn.init.zeros_(member[-1].weight)
-        nn.init.constant_(member[-1].bias, float(i))  # members predict 0 and 1 for each of three numbers
+        nn.init.constant_(
+            member[-1].bias, float(i)
+        )  # members predict 0 and 1 for each of three numbers
     z, sigma, action = random_states(1, 3, sizes=sizes)
     embed = torch.tensor([[[9.0] * 3, [2.0] * 3, [5.0] * 3]])
     first = torch.tensor([[False, False, True]])  # a border between the second and the third step
-    assert ensemble.loss(sigma, z, action, embed, first).item() == pytest.approx((3 * 2**2 + 3 * 1**2) / 2 / 2)  # of two members, two steps
-    assert ensemble.disagreement(sigma, z, action).flatten().tolist() == pytest.approx([0.5**0.5] * 3)  # deviation of 0 and 1
+    assert ensemble.loss(sigma, z, action, embed, first).item() == pytest.approx(
+        (3 * 2**2 + 3 * 1**2) / 2 / 2
+    )  # of two members, two steps
+    assert ensemble.disagreement(sigma, z, action).flatten().tolist() == pytest.approx(
+        [0.5**0.5] * 3
+    )  # deviation of 0 and 1
 
 
 # ---- the actor-critic: classes 0, 1, 2, ... of one variable are a chain, walked one class a step
@@ -180,7 +249,9 @@ def place(z):
 
 
 def chain_actor_critic(monkeypatch, actor_grad="reinforce", **changes):
-    monkeypatch.setattr(draw_pretrain, "sample_onehot", lambda probs: F.one_hot(probs.argmax(-1), 8).float())
+    monkeypatch.setattr(
+        draw_pretrain, "sample_onehot", lambda probs: F.one_hot(probs.argmax(-1), 8).float()
+    )
     args = draw_pretrain.Args(**{"horizon": 3, "gamma": 0.8, "lam": 0.5, **changes})
     draw = SimpleNamespace(
         dynamics=lambda z, sigma, action: 50 * z.roll(1, -1),
@@ -206,7 +277,8 @@ def critic_of_places(sizes):
     return critic
 
 
-# Continue is 1, 0.5, 1 on arriving at the places 1, 2, 3; gamma is 0.8, lambda 0.5. First with a critic that says 0 ...
+# Continue is 1, 0.5, 1 on arriving at the places 1, 2, 3; gamma is 0.8, lambda 0.5. First with a
+# critic that says 0 ...
 R2 = 3.0
 R1 = 2.0 + 0.8 * 0.5 * 0.5 * R2
 R0 = 1.0 + 0.8 * 1.0 * 0.5 * R1
@@ -229,7 +301,9 @@ def test_lambda_returns_weights_and_scale(monkeypatch, actor_grad):
     assert metrics["return"].item() == pytest.approx(np.mean(RETURNS), rel=1e-4)
     # A uniform critic pays log 255 for the return and for its slow copy.
     assert metrics["critic_loss"].item() == pytest.approx(MEAN_WEIGHT * 2 * math.log(255), rel=1e-4)
-    assert metrics["scale"].item() == pytest.approx(0.01 * spread, rel=1e-3)  # the average starts at 0
+    assert metrics["scale"].item() == pytest.approx(
+        0.01 * spread, rel=1e-3
+    )  # the average starts at 0
 
 
 def test_returns_bootstrap_from_the_critic(monkeypatch):
@@ -240,10 +314,14 @@ def test_returns_bootstrap_from_the_critic(monkeypatch):
 
 
 def test_return_scale_is_a_moving_average_with_a_floor(monkeypatch):
-    trained, draw, z = chain_actor_critic(monkeypatch, horizon=2, gamma=0.0)  # returns are the rewards
+    trained, draw, z = chain_actor_critic(
+        monkeypatch, horizon=2, gamma=0.0
+    )  # returns are the rewards
     rewards = torch.stack([torch.zeros(5), torch.full((5,), 1000.0)])
     for expected in (10.0, 0.99 * 10 + 10):
-        assert trained.update(draw, z, z, torch.ones(5), lambda *_: rewards)["scale"].item() == pytest.approx(expected, rel=1e-3)
+        assert trained.update(draw, z, z, torch.ones(5), lambda *_: rewards)[
+            "scale"
+        ].item() == pytest.approx(expected, rel=1e-3)
 
 
 def actor_step(monkeypatch, floor, size):
@@ -251,7 +329,9 @@ def actor_step(monkeypatch, floor, size):
     torch.manual_seed(0)
     trained, draw, z = chain_actor_critic(monkeypatch, entropy=0.0)
     trained.scale_floor = floor
-    trained.update(draw, z, z, torch.ones(5), lambda z, sigma, action, z_next: size * action.sign().squeeze(-1))
+    trained.update(
+        draw, z, z, torch.ones(5), lambda z, sigma, action, z_next: size * action.sign().squeeze(-1)
+    )
     return torch.cat([p.grad.flatten() for p in trained.actor.parameters()])
 
 
@@ -259,7 +339,9 @@ def test_advantages_are_divided_by_the_scale(monkeypatch):
     small = actor_step(monkeypatch, 1.0, 0.1)  # their range is below the floor
     assert torch.allclose(actor_step(monkeypatch, 0.5, 0.1), 2 * small, rtol=1e-4)
     assert torch.allclose(actor_step(monkeypatch, 1.0, 0.2), 2 * small, rtol=1e-4)
-    large = actor_step(monkeypatch, 1e-3, 1000.0)  # their range is far above the floor: the size of rewards is of no account
+    large = actor_step(
+        monkeypatch, 1e-3, 1000.0
+    )  # their range is far above the floor: the size of rewards is of no account
     assert torch.allclose(actor_step(monkeypatch, 1e-3, 2000.0), large, rtol=1e-3)
 
 
@@ -267,7 +349,12 @@ def test_nothing_is_learned_after_the_end_of_an_episode(monkeypatch):
     trained, draw, z = chain_actor_critic(monkeypatch)
     before = [p.clone() for p in (*trained.actor.parameters(), *trained.critic.parameters())]
     assert trained.update(draw, z, z, torch.zeros(5), reward_of_the_place)["critic_loss"] == 0
-    assert all(torch.equal(a, b) for a, b in zip(before, (*trained.actor.parameters(), *trained.critic.parameters())))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            before, (*trained.actor.parameters(), *trained.critic.parameters()), strict=True
+        )
+    )
 
 
 @pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
@@ -276,9 +363,13 @@ def test_actor_and_critic_learn_the_way_they_should(monkeypatch, actor_grad):
     z = z.repeat(20, 1, 1)
     mean = trained.actor(z).mean.mean().item()
     for _ in range(40):
-        trained.update(draw, z, z, torch.ones(100), lambda z, sigma, action, z_next: 3.0 + action.squeeze(-1))
+        trained.update(
+            draw, z, z, torch.ones(100), lambda z, sigma, action, z_next: 3.0 + action.squeeze(-1)
+        )
     assert trained.actor(z).mean.mean() > mean + 0.3  # it pays to push
-    assert twohot_mean(trained.critic(z)).mean() > 1.0  # and the returns, of about 3, are on their way into the critic
+    assert (
+        twohot_mean(trained.critic(z)).mean() > 1.0
+    )  # and the returns, of about 3, are on their way into the critic
 
 
 def test_slow_critic_follows(monkeypatch):
@@ -307,22 +398,32 @@ def adaptation_case(method):
 @pytest.mark.parametrize("method", ["residual", "replace", "finetune", "none"])
 def test_adaptation_loss(method):
     draw, rectified, z, action, first = adaptation_case(method)
-    # The recurrence once more, a row at a time: both f and delta start anew at a first step, and f gets the rectified belief.
+    # The recurrence once more, a row at a time: both f and delta start anew at a first step, and f
+    # gets the rectified belief.
     u = torch.zeros(2, 6, TINY.S, TINY.K)
     for b in range(2):
         for t in range(6):
             if t == 0 or first[b, t]:
                 previous = (*draw.initial(1), torch.zeros(1, 1))
             else:
-                previous = (z[b, t - 1][None], u[b, t - 1][None].softmax(-1), action[b, t - 1][None])
+                previous = (
+                    z[b, t - 1][None],
+                    u[b, t - 1][None].softmax(-1),
+                    action[b, t - 1][None],
+                )
             u[b, t] = draw.dynamics(*previous) if method != "replace" else 0.0
             if method in ("residual", "replace"):
-                u[b, t] += rectified.delta[0](torch.cat([previous[0].flatten(1), previous[2]], -1)).view(TINY.S, TINY.K)
+                u[b, t] += rectified.delta[0](
+                    torch.cat([previous[0].flatten(1), previous[2]], -1)
+                ).view(TINY.S, TINY.K)
     # The rectified distribution has no unimix; that of the source keeps it.
     q = (u.log_softmax(-1) if method in ("residual", "replace") else unimix(u)).detach()
     kl, mask = adaptation_loss(draw, rectified, q, z, action, first)
     assert kl.abs().max() < 1e-5
-    assert mask.tolist() == [[False, True, True, False, True, True], [False, True, True, True, True, True]]
+    assert mask.tolist() == [
+        [False, True, True, False, True, True],
+        [False, True, True, True, True, True],
+    ]
 
     other = torch.randn(2, 6, TINY.S, TINY.K).log_softmax(-1).requires_grad_()
     kl, _ = adaptation_loss(draw, rectified, other, z, action, first)
@@ -332,16 +433,36 @@ def test_adaptation_loss(method):
         assert torch.autograd.grad(kl.sum(), other, allow_unused=True) == (None,)
 
 
-# ---- stage 3, whose algorithm stands in its main(): run it on a world model of which everything is known
+# ---- stage 3, whose algorithm stands in its main(): run it on a world model of which everything is
+# known
 
 
 def run_policy(monkeypatch, tmp_path, draw, rows, **changes):
     """Runs train_policy.main; returns {metric: [values]} and its policy"""
     save_dataset(tmp_path / "data.npz", rows)
     save_tiny_draw(tmp_path / "draw.pt", draw)
-    monkeypatch.setattr(train_policy, "load_draw", lambda checkpoint, device: draw.requires_grad_(False))
-    args = {"updates": 1, "batch": 4, "length": len(rows["is_first"]), "horizon": 3, "log_every": 1, "gamma": 0.8, "lam": 0.5, **changes}
-    train_policy.main(train_policy.Args(str(tmp_path / "draw.pt"), str(tmp_path / "data.npz"), run_dir=str(tmp_path / "run"), device="cpu", **args))
+    monkeypatch.setattr(
+        train_policy, "load_draw", lambda checkpoint, device: draw.requires_grad_(False)
+    )
+    args = {
+        "updates": 1,
+        "batch": 4,
+        "length": len(rows["is_first"]),
+        "horizon": 3,
+        "log_every": 1,
+        "gamma": 0.8,
+        "lam": 0.5,
+        **changes,
+    }
+    train_policy.main(
+        train_policy.Args(
+            str(tmp_path / "draw.pt"),
+            str(tmp_path / "data.npz"),
+            run_dir=str(tmp_path / "run"),
+            device="cpu",
+            **args,
+        )
+    )
     metrics = {}
     for row in csv.DictReader(open(tmp_path / "run" / "metrics.csv")):
         metrics.setdefault(row["metric"], []).append(float(row["value"]))
@@ -349,10 +470,15 @@ def run_policy(monkeypatch, tmp_path, draw, rows, **changes):
 
 
 def chain_metrics(monkeypatch, tmp_path, actor_grad):
-    """The first update of stage 3 on the chain of above, with one terminal state among eight starts"""
-    monkeypatch.setattr(train_policy, "sample_onehot", lambda probs: F.one_hot(probs.argmax(-1), 4).float())
+    """The first update of stage 3 on the chain of above, with one terminal state among eight
+    starts"""
+    monkeypatch.setattr(
+        train_policy, "sample_onehot", lambda probs: F.one_hot(probs.argmax(-1), 4).float()
+    )
     draw = DRAW(TINY)
-    draw.posterior = lambda embed: torch.tensor([0.0, -99.0, -99.0, -99.0]).expand(*embed.shape[:-1], 3, 4)
+    draw.posterior = lambda embed: torch.tensor([0.0, -99.0, -99.0, -99.0]).expand(
+        *embed.shape[:-1], 3, 4
+    )
     draw.dynamics = lambda z, sigma, action: 50 * z.roll(1, -1)
     draw.reward = lambda z: z[..., 0, :] @ torch.arange(4.0)
     draw.cont = lambda z: 1 - 0.5 * z[..., 0, 2]
@@ -365,27 +491,40 @@ def chain_metrics(monkeypatch, tmp_path, actor_grad):
 def test_stage_3_returns_and_weights(monkeypatch, tmp_path, actor_grad):
     metrics = chain_metrics(monkeypatch, tmp_path, actor_grad)
     assert metrics["policy/imagined_return"] == pytest.approx([np.mean(RETURNS)], rel=1e-3)
-    assert metrics["policy/critic_loss"] == pytest.approx([7 / 8 * MEAN_WEIGHT * 2 * math.log(255)], rel=1e-3)
+    assert metrics["policy/critic_loss"] == pytest.approx(
+        [7 / 8 * MEAN_WEIGHT * 2 * math.log(255)], rel=1e-3
+    )
     assert metrics["policy/scale"] == [0.5]  # the floor
 
 
 @pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
 def test_stage_3_bootstraps_from_the_critic(monkeypatch, tmp_path, actor_grad):
     monkeypatch.setattr(train_policy, "Critic", critic_of_places)
-    assert chain_metrics(monkeypatch, tmp_path, actor_grad)["policy/imagined_return"] == pytest.approx([MEAN_BOOTSTRAPPED_RETURN], rel=1e-3)
+    assert chain_metrics(monkeypatch, tmp_path, actor_grad)[
+        "policy/imagined_return"
+    ] == pytest.approx([MEAN_BOOTSTRAPPED_RETURN], rel=1e-3)
 
 
 def test_stage_3_starts_where_reward_is_predicted(monkeypatch, tmp_path):
     draw = DRAW(TINY)
     draw.encoder.forward = lambda image, vector: vector
-    draw.posterior = lambda vector: 20 * F.one_hot((vector[..., 0] > 0).long(), 4).float().unsqueeze(-2).expand(*vector.shape[:-1], 3, 4) - 20
+    draw.posterior = lambda vector: (
+        20
+        * F.one_hot((vector[..., 0] > 0).long(), 4)
+        .float()
+        .unsqueeze(-2)
+        .expand(*vector.shape[:-1], 3, 4)
+        - 20
+    )
     draw.dynamics = lambda z, sigma, action: 50 * z  # nothing moves
     draw.reward = lambda z: z[..., 0, 1]
     rows = random_rows(8)
     rows["vector"][:, 0] = np.arange(8) == 5  # the sixth row is the one that pays
     for rewarded, low, high in ((0.0, 0.0, 0.5), (0.5, 0.4, 0.8), (1.0, 0.95, 1.0)):
         (tmp_path / str(rewarded)).mkdir()
-        metrics, _ = run_policy(monkeypatch, tmp_path / str(rewarded), draw, rows, rewarded=rewarded, batch=64, length=1)
+        metrics, _ = run_policy(
+            monkeypatch, tmp_path / str(rewarded), draw, rows, rewarded=rewarded, batch=64, length=1
+        )
         assert low <= metrics["policy/imagined_reward"][0] <= high
 
 
@@ -393,9 +532,13 @@ def test_stage_3_starts_where_reward_is_predicted(monkeypatch, tmp_path):
 def test_policy_learns_to_do_what_pays(monkeypatch, tmp_path, actor_grad):
     draw = DRAW(TINY)
     sign = torch.tensor([1.0, -1.0, 0.0, 0.0])
-    draw.dynamics = lambda z, sigma, action: 4 * action.clamp(-1, 1)[..., None] * sign + torch.zeros_like(z)  # a positive action leads to class 0
+    draw.dynamics = lambda z, sigma, action: (
+        4 * action.clamp(-1, 1)[..., None] * sign + torch.zeros_like(z)
+    )  # a positive action leads to class 0
     draw.reward = lambda z: z[..., 0].mean(-1)  # which pays
     rows = random_rows(8)
-    _, policy = run_policy(monkeypatch, tmp_path, draw, rows, actor_grad=actor_grad, updates=60, lr=1e-2, entropy=0.0)
+    _, policy = run_policy(
+        monkeypatch, tmp_path, draw, rows, actor_grad=actor_grad, updates=60, lr=1e-2, entropy=0.0
+    )
     z = sample_onehot(torch.full((100, TINY.S, TINY.K), 1 / TINY.K))
     assert policy.actor(z).mean.mean() > 0.5

@@ -8,8 +8,22 @@ import torch
 from helpers import TINY, Booby, random_rows, random_states, save_tiny_draw, user_error
 from torch import nn
 
-from common import (BINS, DRAW, Actor, Critic, Decoder, Encoder, Policy, init_weights, load_checkpoint, load_draw, load_policy, sample_onehot,
-                    save_checkpoint, unimix)  # fmt: skip
+from common import (
+    BINS,
+    DRAW,
+    Actor,
+    Critic,
+    Decoder,
+    Encoder,
+    Policy,
+    init_weights,
+    load_checkpoint,
+    load_draw,
+    load_policy,
+    sample_onehot,
+    save_checkpoint,
+    unimix,
+)
 from draw_pretrain import Ensemble
 from redraw_adapt import Rectified, load_rectified
 
@@ -25,7 +39,11 @@ def test_shapes(image_size):
     sizes = dataclasses.replace(TINY, image_size=image_size, vector_size=5, action_size=2)
     S, K, B, T = sizes.S, sizes.K, 2, 3
     draw = DRAW(sizes)
-    image, vector, first = images(B, T, sizes=sizes), torch.randn(B, T, 5), torch.zeros(B, T, dtype=torch.bool)
+    image, vector, first = (
+        images(B, T, sizes=sizes),
+        torch.randn(B, T, 5),
+        torch.zeros(B, T, dtype=torch.bool),
+    )
     embed = draw.encoder(image, vector)
     assert embed.shape == (B, T, draw.encoder.embed_size)
     # The image is halved down to 4x4, and the channels doubled each time but the first.
@@ -34,31 +52,47 @@ def test_shapes(image_size):
     z = sample_onehot(q.exp())
     _, _, action = random_states(B, T, sizes=sizes)
     u = draw.observe(z, action, first)
-    assert q.shape == z.shape == u.shape == draw.dynamics(z, u.softmax(-1), action).shape == (B, T, S, K)
+    assert (
+        q.shape
+        == z.shape
+        == u.shape
+        == draw.dynamics(z, u.softmax(-1), action).shape
+        == (B, T, S, K)
+    )
     assert draw.decoder(z.flatten(-2)).shape == image.shape
     assert draw.vector_head(z.flatten(-2)).shape == vector.shape
-    assert draw.reward_head(z.flatten(-2)).shape == (B, T, BINS) and draw.reward(z).shape == draw.cont(z).shape == (B, T)
+    assert draw.reward_head(z.flatten(-2)).shape == (B, T, BINS) and draw.reward(
+        z
+    ).shape == draw.cont(z).shape == (B, T)
     assert all(x.shape == (B, S, K) for x in draw.initial(B))
     assert Critic(sizes)(z).shape == (B, T, BINS)
     assert Actor(sizes)(z).sample().shape == action.shape
     ensemble = Ensemble(sizes, draw.encoder.embed_size, members=4, target=7)
-    assert ensemble(u, z, action).shape == (4, B, T, 7) and ensemble.disagreement(u, z, action).shape == (B, T)
+    assert ensemble(u, z, action).shape == (4, B, T, 7) and ensemble.disagreement(
+        u, z, action
+    ).shape == (B, T)
     assert Ensemble(sizes, 30, members=2, target=0)(u, z, action).shape == (2, B, T, 30)
     actions = Policy(sizes, draw, Actor(sizes))(image[:, 0].numpy(), vector[:, 0].numpy())
     assert actions.shape == (B, 2) and actions.dtype == np.float32 and np.abs(actions).max() <= 1
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("options", [{}, {"hidden": 8, "layers": 2}, {"use_sigma": True}, {"members": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"hidden": 8, "layers": 2}, {"use_sigma": True}, {"members": 3}]
+)
 def test_rectified_shapes(method, options):
     rectified = Rectified(DRAW(TINY), method, **options)
     u = rectified(*random_states(2, 3))
     assert u.shape == rectified.log_prior(u).shape == (2, 3, TINY.S, TINY.K)
     trained = sum(p.numel() for p in rectified.parameters())
-    assert (trained > 0) == (method in ("residual", "replace"))  # the world model's weights are none of its own
+    assert (trained > 0) == (
+        method in ("residual", "replace")
+    )  # the world model's weights are none of its own
     if trained and not options:
         Z, A = TINY.S * TINY.K, TINY.action_size
-        assert trained == (Z + A) * 256 + 2 * 256 + 256 * Z + Z  # no sigma: linear, norm, linear with bias
+        assert (
+            trained == (Z + A) * 256 + 2 * 256 + 256 * Z + Z
+        )  # no sigma: linear, norm, linear with bias
 
 
 @pytest.mark.parametrize("options", [{}, {"layers": 2}, {"use_sigma": True}, {"members": 3}])
@@ -66,7 +100,9 @@ def test_residual_starts_as_a_no_op_and_replace_does_not(options):
     draw, states = DRAW(TINY), random_states(5)
     u = draw.dynamics(*states)
     assert torch.equal(Rectified(draw, "residual", **options)(*states), u)
-    assert torch.equal(Rectified(draw, "none")(*states), u) and torch.equal(Rectified(draw, "finetune")(*states), u)
+    assert torch.equal(Rectified(draw, "none")(*states), u) and torch.equal(
+        Rectified(draw, "finetune")(*states), u
+    )
     assert not torch.allclose(Rectified(draw, "replace", **options)(*states), u, atol=1e-3)
 
 
@@ -74,7 +110,9 @@ def test_residual_is_added_to_the_logits():
     draw = DRAW(TINY)
     rectified = Rectified(draw, "residual", members=2)
     for i, delta in enumerate(rectified.delta):
-        nn.init.constant_(delta[-1].bias[:1], 1.0 + i)  # members say 1 and 2 for the first logit, 0 for the others
+        nn.init.constant_(
+            delta[-1].bias[:1], 1.0 + i
+        )  # members say 1 and 2 for the first logit, 0 for the others
     states = random_states(5)
     e = rectified(*states) - draw.dynamics(*states)
     assert torch.allclose(e.flatten(-2)[:, 0], torch.full((5,), 1.5), atol=1e-5)  # their mean
@@ -84,13 +122,19 @@ def test_residual_is_added_to_the_logits():
 def test_residual_sees_what_it_should():
     z, sigma, action = (x.requires_grad_() for x in random_states(5))
     for use_sigma in (False, True):
-        rectified = Rectified(DRAW(TINY), "replace", use_sigma=use_sigma)  # "replace": its output does not start at zero
+        rectified = Rectified(
+            DRAW(TINY), "replace", use_sigma=use_sigma
+        )  # "replace": its output does not start at zero
         e = rectified.residual(z, sigma, action)
         assert torch.equal(e, rectified.residual(z, sigma.roll(1, -1), action)) != use_sigma
         assert not torch.equal(e, rectified.residual(z.roll(1, -1), sigma, action))
         assert not torch.equal(e, rectified.residual(z, sigma, -action))
-        # The latent state reaches delta without gradients; the action keeps its own, for an actor that is trained through the dynamics.
-        assert torch.autograd.grad(e.sum(), (z, sigma), allow_unused=True, retain_graph=True) == (None, None)
+        # The latent state reaches delta without gradients; the action keeps its own, for an actor
+        # that is trained through the dynamics.
+        assert torch.autograd.grad(e.sum(), (z, sigma), allow_unused=True, retain_graph=True) == (
+            None,
+            None,
+        )
         assert torch.autograd.grad(e.square().sum(), action)[0].any()
 
 
@@ -109,17 +153,25 @@ def test_encoder_and_decoder_treat_every_frame_by_itself():
     embed, decoded = encoder(image, vector), decoder(z)
     assert torch.allclose(embed[1, 2], encoder(image[1, 2][None], vector[1, 2][None])[0], atol=1e-5)
     assert torch.allclose(decoded[1, 2], decoder(z[1, 2][None])[0], atol=1e-5)
-    assert not torch.allclose(embed, encoder(255 - image, vector)) and not torch.allclose(embed, encoder(image, -vector))
+    assert not torch.allclose(embed, encoder(255 - image, vector)) and not torch.allclose(
+        embed, encoder(image, -vector)
+    )
 
 
 def test_initial_weights():
-    for layer, fan in ((nn.Linear(400, 200), 300), (nn.Conv2d(30, 60, 4), 45 * 16), (nn.ConvTranspose2d(60, 30, 4), 45 * 16)):
+    for layer, fan in (
+        (nn.Linear(400, 200), 300),
+        (nn.Conv2d(30, 60, 4), 45 * 16),
+        (nn.ConvTranspose2d(60, 30, 4), 45 * 16),
+    ):
         weight = init_weights(layer).weight
         assert weight.std().item() == pytest.approx(fan**-0.5, rel=0.02)
         assert weight.abs().max() <= 2 * fan**-0.5 / 0.8796  # cut at two deviations
     draw = DRAW(TINY)
     z, _, _ = random_states(5)
-    assert draw.reward(z).abs().max() < 1e-4 and not Critic(TINY)(z).any()  # reward and value start at zero
+    assert (
+        draw.reward(z).abs().max() < 1e-4 and not Critic(TINY)(z).any()
+    )  # reward and value start at zero
 
 
 def test_unimix_is_normalised_and_leaves_no_class_impossible():
@@ -127,16 +179,22 @@ def test_unimix_is_normalised_and_leaves_no_class_impossible():
         p = unimix(torch.randn(50, 3, 4) * scale).exp()
         assert torch.allclose(p.sum(-1), torch.ones(50, 3), atol=1e-5)
         assert p.min() >= 0.01 / 4 * 0.999
-    assert unimix(torch.tensor([[9.0, -9.0]])).exp()[0, 1].item() == pytest.approx(0.99 * 1.523e-8 + 0.01 / 2)
+    assert unimix(torch.tensor([[9.0, -9.0]])).exp()[0, 1].item() == pytest.approx(
+        0.99 * 1.523e-8 + 0.01 / 2
+    )
 
 
 def test_samples_are_one_hot_and_as_frequent_as_their_probabilities():
     probs = torch.tensor([[0.7, 0.2, 0.1, 0.0], [0.1, 0.1, 0.1, 0.7], [0.25, 0.25, 0.25, 0.25]])
     z = sample_onehot(probs.expand(40_000, -1, -1))
-    assert torch.allclose(z.sum(-1), torch.ones(40_000, 3), atol=1e-5) and torch.allclose(z.max(-1).values, torch.ones(40_000, 3), atol=1e-5)
+    assert torch.allclose(z.sum(-1), torch.ones(40_000, 3), atol=1e-5) and torch.allclose(
+        z.max(-1).values, torch.ones(40_000, 3), atol=1e-5
+    )
     assert torch.allclose(z.mean(0), probs, atol=0.01)  # four standard errors
     pairs = torch.einsum("ni,nj->ij", z[:, 0], z[:, 2]) / 40_000
-    assert torch.allclose(pairs, probs[0][:, None] * probs[2], atol=0.01)  # the variables are independent of each other
+    assert torch.allclose(
+        pairs, probs[0][:, None] * probs[2], atol=0.01
+    )  # the variables are independent of each other
 
 
 def test_observe_restarts_at_a_border():
@@ -146,9 +204,14 @@ def test_observe_restarts_at_a_border():
     first = torch.zeros(2, 7, dtype=torch.bool)
     first[0, 3] = True  # only the first of the two sequences has a border
     u = draw.observe(z, action, first)
-    alone = draw.observe(z[:, :3], action[:, :3], first[:, :3]), draw.observe(z[:, 3:], action[:, 3:], first[:, 3:])
+    alone = (
+        draw.observe(z[:, :3], action[:, :3], first[:, :3]),
+        draw.observe(z[:, 3:], action[:, 3:], first[:, 3:]),
+    )
     assert torch.allclose(u[0], torch.cat(alone, 1)[0], atol=1e-6)
-    assert torch.allclose(u[1, :3], alone[0][1], atol=1e-6) and not torch.allclose(u[1, 3:], alone[1][1], atol=1e-3)
+    assert torch.allclose(u[1, :3], alone[0][1], atol=1e-6) and not torch.allclose(
+        u[1, 3:], alone[1][1], atol=1e-3
+    )
     # The first step comes from the initial state and a zero action.
     assert torch.allclose(u[:, 0], draw.dynamics(*draw.initial(2), torch.zeros(2, 1)), atol=1e-6)
 
@@ -159,10 +222,19 @@ def test_observe_goes_forward_in_time():
     z.requires_grad_(), action.requires_grad_()
     first = torch.zeros(1, 5, dtype=torch.bool)
     for t in range(5):
-        grads = torch.autograd.grad(draw.observe(z, action, first)[:, t].square().sum(), (z, action), allow_unused=True, materialize_grads=True)
-        for grad in grads:  # u_t depends on z and a before t: directly on those of t-1, through the belief on all others
+        grads = torch.autograd.grad(
+            draw.observe(z, action, first)[:, t].square().sum(),
+            (z, action),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        # u_t depends on z and a before t: directly on those of t-1, through the belief on all
+        # others
+        for grad in grads:
             assert (grad.flatten(2) != 0).any(-1)[0].tolist() == [True] * t + [False] * (5 - t)
-    assert torch.autograd.grad(draw.observe(z, action, first).square().sum(), draw.initial_logits)[0].any()  # it is learned
+    assert torch.autograd.grad(draw.observe(z, action, first).square().sum(), draw.initial_logits)[
+        0
+    ].any()  # it is learned
 
 
 def test_observe_feeds_back_the_belief_of_the_given_dynamics():
@@ -204,15 +276,24 @@ def policy_and_observations():
 def test_policy_shares_the_weights_of_its_parts():
     draw, actor = DRAW(TINY), Actor(TINY)
     policy = Policy(TINY, draw, actor)
-    shared = {id(p) for module in (draw.encoder, draw.posterior_net, actor) for p in module.parameters()}
+    shared = {
+        id(p) for module in (draw.encoder, draw.posterior_net, actor) for p in module.parameters()
+    }
     assert {id(p) for p in policy.parameters()} == shared
-    nn.init.constant_(actor.net[-1].bias, 20.0)  # mean 1 with deviation 1: what is learned later acts at once
+    nn.init.constant_(
+        actor.net[-1].bias, 20.0
+    )  # mean 1 with deviation 1: what is learned later acts at once
     assert policy(*policy_and_observations()[1]).mean() > 0.3
 
 
 def test_policy_survives_its_checkpoint(tmp_path):
     policy, observations = policy_and_observations()
-    save_checkpoint(tmp_path / "policy.pt", stage="train_policy", sizes=dataclasses.asdict(TINY), policy=policy.state_dict())
+    save_checkpoint(
+        tmp_path / "policy.pt",
+        stage="train_policy",
+        sizes=dataclasses.asdict(TINY),
+        policy=policy.state_dict(),
+    )
     loaded = load_policy(tmp_path / "policy.pt")
     torch.manual_seed(3)
     actions = policy(*observations)
@@ -230,7 +311,11 @@ def test_world_model_and_residual_survive_their_checkpoint(tmp_path, method):
         nn.init.normal_(p)
     save_tiny_draw(tmp_path / "source.pt", draw)
     source = load_checkpoint(tmp_path / "source.pt", ("draw_pretrain",))
-    adapted = {"stage": "redraw_adapt", "rectified": rectified.state_dict(), "rectified_options": rectified.options}
+    adapted = {
+        "stage": "redraw_adapt",
+        "rectified": rectified.state_dict(),
+        "rectified_options": rectified.options,
+    }
     save_checkpoint(tmp_path / "adapted.pt", **source | adapted)
     states = random_states(5)
     for name, f in (("source.pt", draw.dynamics), ("adapted.pt", rectified)):
@@ -243,7 +328,9 @@ def test_world_model_and_residual_survive_their_checkpoint(tmp_path, method):
 def test_checkpoints_that_can_not_be_used(tmp_path):
     path = tmp_path / "draw.pt"
     save_tiny_draw(path)
-    with user_error("draw_pretrain.py", "train_policy.py"):  # of another stage: what it is, and what is needed
+    with user_error(
+        "draw_pretrain.py", "train_policy.py"
+    ):  # of another stage: what it is, and what is needed
         load_policy(path)
     with user_error("nowhere.pt", "draw_pretrain.py"):
         load_checkpoint(tmp_path / "nowhere.pt", ("draw_pretrain",))
@@ -277,14 +364,20 @@ def test_a_policy_gets_the_gradient_through_the_residual_and_its_training_does_n
     z.requires_grad_(True)
 
     def delta(z):
-        return rectified.delta[0](torch.cat([z.flatten(-2), action / action.abs().clamp(min=1.0)], -1)).unflatten(-1, z.shape[-2:])
+        return rectified.delta[0](
+            torch.cat([z.flatten(-2), action / action.abs().clamp(min=1.0)], -1)
+        ).unflatten(-1, z.shape[-2:])
 
     def gradient(u):
-        return torch.autograd.grad((u * torch.arange(1.0, TINY.K + 1)).sum(), z, allow_unused=True)[0]
+        return torch.autograd.grad((u * torch.arange(1.0, TINY.K + 1)).sum(), z, allow_unused=True)[
+            0
+        ]
 
     through_f = gradient(draw.dynamics(z, sigma, action)) if method == "residual" else None
     stage2 = gradient(rectified(z, sigma, action))
     rectified.requires_grad_(False)
     stage3 = gradient(rectified(z, sigma, action))
-    assert torch.allclose(stage3, gradient(delta(z)) + (0 if through_f is None else through_f), atol=1e-6)
+    assert torch.allclose(
+        stage3, gradient(delta(z)) + (0 if through_f is None else through_f), atol=1e-6
+    )
     assert stage2 is None if through_f is None else torch.allclose(stage2, through_f, atol=1e-6)

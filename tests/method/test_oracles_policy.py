@@ -1,0 +1,232 @@
+"""Actor and critic of stages 1 and 3 against the slow float64 version of oracles.py: an update, and
+so its imagination of H steps, against so many single steps with its noise."""
+
+import csv
+import inspect
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    TINY,
+    close,
+    double,
+    random_rows,
+    random_states,
+    save_tiny_adapted,
+    shaken,
+    shaken_draw,
+)
+from oracles import (
+    actor_critic64,
+    belief64,
+    bounded64,
+    check_gradients,
+    initial64,
+    mix64,
+    mlp64,
+    sample64,
+    softmax64,
+    step64,
+    twohot_mean64,
+    weights64,
+)
+from torch import nn
+
+import draw_pretrain
+import train_policy
+from common import ActorCritic, Rectified, save_dataset
+from draw_pretrain import Ensemble
+
+S, K = TINY.S, TINY.K
+HYPER = {"horizon": 3, "gamma": 0.9, "lam": 0.7, "entropy": 0.1}
+GAMMA_LAM_ENTROPY = 0.9, 0.7, 0.1
+
+
+def args_of(stage, **changes):
+    given = {"checkpoint": "", "dataset": ""} if stage is train_policy else {}
+    return stage.Args(**given, **HYPER, **changes)
+
+
+def slow_world(draw, rectified, smooth=False, reward=None):
+    heads = {name: weights64(getattr(draw, name)) for name in ("reward_head", "continue_head")}
+    unmixed = rectified.options["method"] in ("residual", "replace")
+
+    def reward_on_arriving(sigma, z, a, z_next):
+        return twohot_mean64(mlp64(heads["reward_head"], z_next.ravel()))
+
+    return SimpleNamespace(
+        dynamics=step64(draw, rectified),
+        prior=lambda sigma: sigma if unmixed else mix64(sigma),
+        sample=(lambda p, n: p) if smooth else sample64,
+        reward=reward or reward_on_arriving,
+        cont=lambda z: 1 / (1 + math.exp(-mlp64(heads["continue_head"], z.ravel())[0])),
+    )
+
+
+def shaken_policy():
+    """All three of its networks, so that the slow critic is another one than the critic"""
+    policy = ActorCritic(TINY)
+    for net in (policy.actor, policy.critic, policy.slow_critic):
+        shaken(net)
+    return policy
+
+
+def nets_of(policy):
+    parts = {"actor": policy.actor, "critic": policy.critic, "slow": policy.slow_critic}
+    return {name: weights64(part.net) for name, part in parts.items()}
+
+
+def test_both_stages_hold_the_same_text():
+    for name in ("imagine", "lambda_returns", "actor_loss", "critic_loss", "actor_critic_losses"):
+        one, three = (inspect.getsource(getattr(m, name)) for m in (draw_pretrain, train_policy))
+        assert one == three, name
+
+
+# With gradients through the dynamics the latents are probabilities, not samples, so that difference
+# quotients exist.
+@pytest.mark.parametrize(
+    "stage, actor_grad, method, floor",
+    [
+        (draw_pretrain, "reinforce", "none", 1e-3),
+        (train_policy, "reinforce", "residual", 5.0),
+        (draw_pretrain, "dynamics", "none", 1e-3),
+        (train_policy, "dynamics", "residual", 1e-3),
+    ],
+)
+def test_actor_critic_losses(monkeypatch, noise, stage, actor_grad, method, floor):
+    smooth = actor_grad == "dynamics"
+    if smooth:
+        monkeypatch.setattr(stage, "sample_onehot", lambda probs: probs)
+    args = args_of(stage, actor_grad=actor_grad, return_floor=floor)
+    draw = shaken_draw()
+    rectified = shaken(Rectified(draw, method, hidden=8)).requires_grad_(False)
+    members = shaken(Ensemble(TINY, embed_size=5, members=3, target=4)).requires_grad_(False)
+    policy = shaken_policy()
+    slow_members = [weights64(m) for m in members.members]
+    head = weights64(draw.reward_head)
+
+    def reward_of(z, sigma, action, z_next):
+        """As of both of stage 1's at once: the task's on arriving, disagreement on leaving"""
+        return draw.reward(z_next) + members.disagreement(sigma, z, action)
+
+    def slow_reward(sigma, z, a, z_next):
+        x = np.concatenate([sigma.ravel(), z.ravel(), bounded64(a)])
+        spread = np.array([mlp64(m, x) for m in slow_members]).std(0).mean()
+        return twohot_mean64(mlp64(head, z_next.ravel())) + spread
+
+    average, alive = 0.0, torch.tensor([1.0, 0.0, 1.0, 1.0])
+    for _ in range(2):
+        nets = nets_of(policy)
+        z, sigma, _ = random_states(4)
+        noise.uniform.clear()
+        noise.normal.clear()
+        loss, metrics, policy.range = stage.actor_critic_losses(
+            args, draw, rectified, policy, z, sigma, alive, reward_of
+        )
+        classes = [double(n)[..., 0] for n in noise.uniform] or [[[0.0] * S] * 4] * 3
+        drawn = np.array([double(n) for n in noise.normal]), np.array(classes)
+        expected, actor_loss, critic_loss = actor_critic64(
+            slow_world(draw, rectified, smooth, slow_reward),
+            nets,
+            double(z),
+            double(sigma),
+            double(alive),
+            drawn,
+            *GAMMA_LAM_ENTROPY,
+            average,
+            floor,
+            smooth,
+        )
+        average = expected["average"]
+        close(policy.range, average, rtol=1e-3)
+        for name in ("return", "reward", "entropy", "scale", "critic_loss"):
+            close(metrics[name], expected[name], rtol=1e-3)
+        close(loss, expected["actor_loss"] + expected["critic_loss"], rtol=1e-3)
+        policy.update_slow_critic()
+    loss.backward()
+    check_gradients(actor_loss, nets["actor"], policy.actor.net)
+    check_gradients(critic_loss, nets["critic"], policy.critic.net)
+    assert all(p.grad is None for p in policy.slow_critic.parameters())
+
+
+@pytest.mark.parametrize("method", ["residual", "none"])
+def test_updates_of_stage_3(monkeypatch, tmp_path, noise, method):
+    """Through main, from files of stage 2: starts are posterior states with the rectified belief,
+    the range of returns goes on, gradients are cut at 100 each."""
+    B, T, H = 2, 6, HYPER["horizon"]
+    draw = shaken_draw()
+    rectified = shaken(Rectified(draw, method, hidden=8)).requires_grad_(False)
+    rows = random_rows(T)
+    rows["is_terminal"][2] = True
+    save_dataset(tmp_path / "data.npz", rows)
+    save_tiny_adapted(tmp_path / "adapted.pt", draw, rectified)
+    policy = shaken_policy()
+    slow_before, cut = [], []
+    update_slow, clip = ActorCritic.update_slow_critic, nn.utils.clip_grad_norm_
+    monkeypatch.setattr(train_policy, "ActorCritic", lambda sizes: policy)
+    monkeypatch.setattr(policy.slow_critic, "load_state_dict", lambda weights: None)
+
+    def recorded_update(self):
+        slow_before.append(weights64(self.slow_critic.net))
+        update_slow(self)
+
+    def recorded_clip(parameters, norm):
+        cut.append(([id(p) for p in parameters], norm))
+        return clip(parameters, norm)
+
+    monkeypatch.setattr(ActorCritic, "update_slow_critic", recorded_update)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", recorded_clip)
+    monkeypatch.setattr(torch, "randperm", lambda n, device: torch.arange(n))
+    nets = nets_of(policy)
+    args = args_of(
+        train_policy,
+        run_dir=str(tmp_path / "run"),
+        device="cpu",
+        updates=2,
+        batch=B,
+        length=T,
+        starts=B * T,
+        log_every=1,
+        lr=0.0,
+        return_floor=1e-3,
+    )
+    args.checkpoint, args.dataset = str(tmp_path / "adapted.pt"), str(tmp_path / "data.npz")
+    train_policy.main(args)
+    with open(tmp_path / "run" / "metrics.csv") as file:
+        logged = {(int(r["step"]), r["metric"]): float(r["value"]) for r in csv.DictReader(file)}
+    seen = draw.encoder(torch.from_numpy(rows["image"]), torch.from_numpy(rows["vector"]))
+    q = double(draw.posterior(seen).exp())  # (T, S, K)
+    world, average = slow_world(draw, rectified), 0.0
+    for update in range(2):
+        nets["slow"] = slow_before[update]
+        # starts, then H steps
+        uniform = [double(n)[..., 0] for n in noise.uniform[update * (H + 1) :][: H + 1]]
+        z = np.array([[sample64(p, n) for p, n in zip(q, u, strict=True)] for u in uniform[0]])
+        actions = rows["action"].astype(float)
+        us = [
+            belief64(world.dynamics, z[b], actions, rows["is_first"], *initial64(draw))
+            for b in range(B)
+        ]
+        sigma = np.array([softmax64(u) for sequence in us for u in sequence])
+        drawn = np.array([double(n) for n in noise.normal[update * H :][:H]]), np.array(uniform[1:])
+        expected, _, _ = actor_critic64(
+            world,
+            nets,
+            z.reshape(B * T, S, K),
+            sigma,
+            np.tile(1.0 - rows["is_terminal"], B),
+            drawn,
+            *GAMMA_LAM_ENTROPY,
+            average,
+            1e-3,
+            False,
+        )
+        average = expected["average"]
+        for name in ("return", "reward", "entropy", "scale", "critic_loss"):
+            value = logged[update + 1, f"policy/{name}"]
+            close(value, expected[name], rtol=1e-3, atol=1e-4)
+    groups = [[id(p) for p in net.parameters()] for net in (policy.actor, policy.critic)]
+    assert cut == [(group, 100.0) for group in groups] * 2
