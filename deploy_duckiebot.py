@@ -522,7 +522,8 @@ class Link:
         self.peer = socket.getnameinfo(sock.getpeername(), socket.NI_NUMERICHOST)[0]
         name = f"[{host.split('%')[0]}]" if ":" in host else host
         options = {"compression": None, "ping_interval": None, "max_size": None, "proxy": None}
-        self.ws = connect(f"ws://{name}:{port}", sock=sock, open_timeout=2, **options)
+        dialled = connect(f"ws://{name}:{port}", sock=sock, open_timeout=2, **options)
+        self.ws = dialled.__enter__()
         self.mute = mute  # it publishes nothing
         self.lost = False
         self.stood = 0  # zeros in a row that the robot executed
@@ -531,8 +532,9 @@ class Link:
         threading.Thread(target=self.read, daemon=True).start()
         self.wheels = f"/{vehicle}/wheels_driver_node/wheels_cmd"
         self.estop = f"/{vehicle}/wheels_driver_node/emergency_stop"
-        self.send(op="advertise", topic=self.wheels, type="duckietown_msgs/WheelsCmdStamped")
-        self.send(op="advertise", topic=self.estop, type="duckietown_msgs/BoolStamped")
+        if not mute:
+            self.send(op="advertise", topic=self.wheels, type="duckietown_msgs/WheelsCmdStamped")
+            self.send(op="advertise", topic=self.estop, type="duckietown_msgs/BoolStamped")
         executed = f"{self.wheels}_executed"
         self.subscribe(executed, "duckietown_msgs/WheelsCmdStamped", self.on_executed)
 
@@ -730,6 +732,8 @@ class Duckiebot:
 
     def check(self):
         """The newest picture. Stop if anything is not as it must be to drive on."""
+        if self.first:
+            self.tell_watchdog(b"h")
         now = time.monotonic()
         started = self.first or now  # what follows commands can't be late before the first one
         frame = self.frame
@@ -831,7 +835,7 @@ class Duckiebot:
         try:
             self.watchdog.stdin.write(byte)
         except OSError as e:
-            raise Stop("the watchdog process lost its connection to the robot, or ended") from e
+            raise Stop("the watchdog stopped the robot, lost its connection, or ended") from e
 
     def watchdog_says(self, seconds):
         heard = select.select([self.watchdog.stdout], [], [], seconds)[0]
@@ -855,6 +859,8 @@ class Duckiebot:
             duty = 1e-4 * (1 + int(10 * (time.monotonic() - begun)))
             self.send(duty, duty)
             time.sleep(0.1)
+        if not self.args.dry_run and time.monotonic() - self.executed > SILENT:
+            raise UserError(f"not armed: the robot executes commands more than {SILENT} s late")
         moved = any(abs(left) + abs(right) > 0.01 for _, left, right in self.foreign)
         if moved or (self.obeyed and len(self.foreign) == FOREIGN):
             raise UserError(f"not armed: another program drives, likely of {self.others()}; end it")

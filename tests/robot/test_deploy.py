@@ -32,7 +32,14 @@ class Script:
     sizes = SIZES
 
     def __init__(self, action=(0.8, 0.1), n=0, surprise=None):
-        self.action, self.n, self.surprise, self.calls, self.images, self.vectors = action, n, surprise, 0, [], []
+        self.action, self.n, self.surprise, self.calls, self.images, self.vectors = (
+            action,
+            n,
+            surprise,
+            0,
+            [],
+            [],
+        )
 
     def __call__(self, image, vector):
         self.calls += 1
@@ -53,6 +60,10 @@ def robot():
 @pytest.fixture
 def drive(robot, monkeypatch):
     """Function that drives the fake robot in this process and returns what main raised; the fixture's pipe is the terminal."""
+    popen, watchdogs = subprocess.Popen, []
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **k: watchdogs.append(popen(*a, **k)) or watchdogs[-1]
+    )
     read, write = os.pipe()
     monkeypatch.setattr(sys, "stdin", os.fdopen(read))
 
@@ -60,7 +71,14 @@ def drive(robot, monkeypatch):
         os.write(write, typed.encode())
         if script is not None:
             monkeypatch.setattr(deploy, "load_policy", lambda path: script)
-        flags = {"robot": "127.0.0.1", "vehicle": "duckie", "port": robot.port, "kinematics": "default", "checkpoint": "x", "max_seconds": 8.0} | flags
+        flags = {
+            "robot": "127.0.0.1",
+            "vehicle": "duckie",
+            "port": robot.port,
+            "kinematics": "default",
+            "checkpoint": "x",
+            "max_seconds": 8.0,
+        } | flags
         try:
             deploy.main(deploy.Args(**flags))
         except BaseException as e:
@@ -69,6 +87,8 @@ def drive(robot, monkeypatch):
     run.terminal = write
     yield run
     sys.stdin.close()
+    for watchdog in watchdogs:  # one whose robot never answers would go on for ever
+        watchdog.kill()
 
 
 def wait_for(what, seconds=10.0):
@@ -84,7 +104,9 @@ def check_stopped(robot, fault_time=None, estop=True):
     fault_time = fault_time or robot.fault_time
     assert fault_time and robot.moving(), "never drove, or no fault came"
     time.sleep(max(0.0, fault_time + 0.5 - time.monotonic()))
-    assert robot.motors == (0, 0) and robot.commands[-1][1:3] == (0, 0), "still driving 0.5 s after the fault"
+    assert robot.motors == (0, 0) and robot.commands[-1][1:3] == (0, 0), (
+        "still driving 0.5 s after the fault"
+    )
     time.sleep(1.0)
     last = max(c[0] for c in robot.moving())
     zeros = [c for c in robot.commands if c[0] > last and c[1:3] == (0, 0)]
@@ -105,19 +127,27 @@ def test_drives_at_ten_hertz_and_ends_with_zeros(robot, drive, capsys):
     period = np.diff([c[0] for c in moving])
     assert 29 <= len(moving) <= 32 and np.median(period) == pytest.approx(0.1, abs=0.005)
     # v = 0.2 m/s, omega = 0.8 rad/s with the stock calibration
-    assert moving[-1][1:3] == pytest.approx(((0.2 - 0.04) / (0.0318 * 27), (0.2 + 0.04) / (0.0318 * 27)))
+    assert moving[-1][1:3] == pytest.approx(
+        ((0.2 - 0.04) / (0.0318 * 27), (0.2 + 0.04) / (0.0318 * 27))
+    )
     assert len([c for c in robot.commands if c[0] > moving[-1][0]]) >= 5 and robot.motors == (0, 0)
     assert [s[1] for s in robot.stops] == [False]  # cleared when armed, not set by a normal end
     assert {c[3] for c in moving} == {0}  # all from one connection; the watchdog's only watches
     out = capsys.readouterr().out
-    assert f"{len(moving)} steps" in out and "stopped: --max-seconds are over" in out and "percentile" in out
+    assert (
+        f"{len(moving)} steps" in out
+        and "stopped: --max-seconds are over" in out
+        and "percentile" in out
+    )
 
 
 @pytest.mark.parametrize("resolution, radius", [(135, 0.0318), (270, 0.05)])
 def test_measured_velocity_is_that_of_the_wheels(robot, drive, tmp_path, resolution, radius):
     """By the resolution that the robot tells and the radius in its file: the wheels turn at 27 rad/s per duty."""
     robot.resolution = resolution
-    (tmp_path / "wheels.yaml").write_text(f"{{gain: 1, trim: 0, baseline: 0.1, radius: {radius}, k: 27, limit: 1}}")
+    (tmp_path / "wheels.yaml").write_text(
+        f"{{gain: 1, trim: 0, baseline: 0.1, radius: {radius}, k: 27, limit: 1}}"
+    )
     script = Script(action=(0.8, 0.2))
     assert drive(script, max_seconds=3.0, kinematics=str(tmp_path / "wheels.yaml")) is None
     measured = np.mean(script.vectors[-15:], 0) * [deploy.MAX_YAW_RATE, deploy.MAX_VELOCITY]
@@ -137,7 +167,10 @@ def test_the_other_generation_of_robots(drive, robot, monkeypatch):
     """Its encoders have other names, which rosbridge is asked for."""
     with FakeRobot(ente=True) as ente:
         script = Script(action=(1.0, 0.0))
-        assert drive(script, port=ente.port, max_seconds=1.5, max_speed=0.25, kinematics="default") is None
+        assert (
+            drive(script, port=ente.port, max_seconds=1.5, max_speed=0.25, kinematics="default")
+            is None
+        )
         assert script.vectors[-1][1] * deploy.MAX_VELOCITY == pytest.approx(0.25, rel=0.1)
         assert ente.moving()
         os.write(drive.terminal, b"arm\n")
@@ -148,24 +181,44 @@ def test_a_robot_that_answers_no_questions_is_taken_for_daffy(robot, drive):
     assert drive(Script(), max_seconds=1.0) is None and robot.moving()
 
 
-@pytest.mark.parametrize("address, words", [("127.0.0.1:{}", None), ("127.0.0.1:1", "rosbridge"), ("http://duckie", "HOST:PORT"), ("", "HOST:PORT")])
+@pytest.mark.parametrize(
+    "address, words",
+    [
+        ("127.0.0.1:{}", None),
+        ("127.0.0.1:1", "rosbridge"),
+        ("http://duckie", "HOST:PORT"),
+        ("", "HOST:PORT"),
+    ],
+)
 def test_address_with_a_port(robot, drive, address, words):
-    error = drive(Script(), typed="", robot=address.format(robot.port), port=2, max_seconds=1.0, dry_run=True)
+    error = drive(
+        Script(), typed="", robot=address.format(robot.port), port=2, max_seconds=1.0, dry_run=True
+    )
     assert error is None if words is None else words in str(error) and "\n" not in str(error)
 
 
 def test_help_works_without_a_terminal_library():
     """On Windows there is no termios; stage 4 does not drive from there, and says so."""
-    source = "import sys; sys.modules['termios'] = sys.modules['tty'] = None; import signal; del signal.SIGHUP; sys.platform = 'win32'; import runpy; "
-    source += "sys.argv = ['deploy_duckiebot.py', *sys.argv[1:]]; runpy.run_path('deploy_duckiebot.py', run_name='__main__')"
+    source = "import signal, sys; sys.modules['termios'] = None; del signal.SIGHUP; import tyro, deploy_duckiebot as d; "
+    source += "sys.platform = 'win32'; d.main(tyro.cli(d.Args))"
     for flags, code, words in ((["--help"], 0, "--robot"), (["--drive", "random"], 1, "Linux")):
-        done = subprocess.run([sys.executable, "-c", source, *flags], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == code and words in done.stdout + done.stderr and "Traceback" not in done.stderr, done
+        done = subprocess.run(
+            [sys.executable, "-c", source, *flags], cwd=ROOT, capture_output=True, text=True
+        )
+        assert (
+            done.returncode == code
+            and words in done.stdout + done.stderr
+            and "Traceback" not in done.stderr
+        ), done
 
 
 @pytest.mark.parametrize(
     "cap, value, bound",
-    [("max_speed", 0.1, 0.1 / (0.0318 * 27)), ("max_duty", 0.05, 0.05), ("max_turn", 1.0, (0.25 + 0.05) / (0.0318 * 27))],
+    [
+        ("max_speed", 0.1, 0.1 / (0.0318 * 27)),
+        ("max_duty", 0.05, 0.05),
+        ("max_turn", 1.0, (0.25 + 0.05) / (0.0318 * 27)),
+    ],
 )
 def test_caps(robot, drive, cap, value, bound):
     action = (1.0, 1.0) if cap == "max_turn" else (1.0, 0.0)
@@ -180,7 +233,9 @@ def test_actions_beyond_one_are_capped_too(robot, drive):
 
 
 def test_slew_limit(robot, drive):
-    drive(Script(action=(1.0, 0.0), n=9, surprise=lambda: (-1.0, 0.0)), max_seconds=1.5, max_slew=0.1)
+    drive(
+        Script(action=(1.0, 0.0), n=9, surprise=lambda: (-1.0, 0.0)), max_seconds=1.5, max_slew=0.1
+    )
     duties = np.array([(0.0, 0.0)] + [c[1:3] for c in robot.moving()])
     steps = np.abs(np.diff(duties, axis=0))
     assert steps.max() == pytest.approx(0.1, abs=1e-9) and (steps > 0.09).sum() > 6
@@ -225,15 +280,24 @@ def test_robot_that_is_not_fit_is_not_armed(robot, drive, capsys, fault, words):
 def test_mistakes_before_the_motors_are_armed(robot, drive, tmp_path):
     bad, not_camera = tmp_path / "bad.yaml", tmp_path / "camera.yaml"
     bad.write_text("gain: 1.0\ntrim: 0.0\n")
-    not_camera.write_text("image_width: 320\nimage_height: 240\ncamera_matrix: {data: [1,0,0,0,1,0,0,0,1]}\ndistortion_coefficients: {data: [0,0,0,0]}\n")
+    not_camera.write_text(
+        "image_width: 320\nimage_height: 240\ncamera_matrix: {data: [1,0,0,0,1,0,0,0,1]}\ndistortion_coefficients: {data: [0,0,0,0]}\n"
+    )
     bent = tmp_path / "bent.yaml"
     bent.write_text("{gain: 1, trim: 0, baseline: 0, radius: 0.03, k: 27, limit: 1}")
     trim, empty, zero = tmp_path / "trim.yaml", tmp_path / "empty.yaml", tmp_path / "zero.yaml"
     trim.write_text("{gain: 0.2, trim: -0.3}")
     empty.write_text("")
-    zero.write_text(not_camera.read_text().replace("320", "640").replace("240", "480").replace("[1,0,0,0,1,0,0,0,1]", "[0,0,0,0,0,0,0,0,0]"))
+    zero.write_text(
+        not_camera.read_text()
+        .replace("320", "640")
+        .replace("240", "480")
+        .replace("[1,0,0,0,1,0,0,0,1]", "[0,0,0,0,0,0,0,0,0]")
+    )
     wrong = tmp_path / "policy.pt"
-    save_checkpoint(wrong, stage="train_policy", args={}, sizes=vars(TINY), policy=Policy(TINY).state_dict())
+    save_checkpoint(
+        wrong, stage="train_policy", args={}, sizes=vars(TINY), policy=Policy(TINY).state_dict()
+    )
     for flags, words in (
         ({"kinematics": None}, "--kinematics"), ({"kinematics": str(tmp_path / "none.yaml")}, "none.yaml"), ({"kinematics": str(not_camera)}, "baseline"),
         ({"kinematics": str(bent)}, "above 0"), ({"kinematics": str(trim)}, "trim"), ({"kinematics": str(empty)}, "gain"), ({"camera": str(empty)}, "camera_matrix"), ({"camera": str(zero)}, "focal"), ({"camera": str(tmp_path / "none.yaml")}, "none.yaml"), ({"camera": str(not_camera)}, "640x480"),
@@ -242,11 +306,18 @@ def test_mistakes_before_the_motors_are_armed(robot, drive, tmp_path):
         ({"image_size": 48}, "--image-size"), ({"robot": "sim", "dry_run": True}, "--dry-run"),
     ):  # fmt: skip
         error = drive(Script(), typed="", **flags)
-        assert isinstance(error, SystemExit) and words in str(error) and "\n" not in str(error), (flags, error)
+        assert isinstance(error, SystemExit) and words in str(error) and "\n" not in str(error), (
+            flags,
+            error,
+        )
     grey = Script()
     grey.sizes = types.SimpleNamespace(**vars(SIZES), channels=9)
     assert "9 channels" in str(drive(grey, typed=""))
-    for path, words in ((str(wrong), "2 (or 0) and 2"), (str(tmp_path / "no.pt"), "no.pt"), (None, "--checkpoint")):
+    for path, words in (
+        (str(wrong), "2 (or 0) and 2"),
+        (str(tmp_path / "no.pt"), "no.pt"),
+        (None, "--checkpoint"),
+    ):
         deploy.load_policy = load_policy
         error = drive(typed="", checkpoint=path)
         assert isinstance(error, SystemExit) and words in str(error) and "\n" not in str(error)
@@ -268,7 +339,12 @@ def test_faults_of_the_robot_stop_it(robot, drive, fault, words):
     if "acknowledgements" in fault:  # the robot stands, but nobody here can know
         assert error.code == 3
         return check_stopped(robot)
-    assert isinstance(error, SystemExit) and str(error).startswith("error: stopped: ") and words in str(error) and "\n" not in str(error)
+    assert (
+        isinstance(error, SystemExit)
+        and str(error).startswith("error: stopped: ")
+        and words in str(error)
+        and "\n" not in str(error)
+    )
     check_stopped(robot)
 
 
@@ -324,9 +400,13 @@ def test_network_that_swallows_packets(robot, drive, capsys, outage, confirmed):
     assert zeros[0][0] < back[0] + 1.0 and len(zeros) >= 10 and robot.motors == (0, 0)
     assert max(c[0] for c in robot.moving()) < back[0]  # and no old command is delivered
     if confirmed is not None:
-        assert (error.code == 3) == (not confirmed) and ("NOT CONFIRMED: lift the robot" in err) == (not confirmed)
+        assert (error.code == 3) == (not confirmed) and (
+            "NOT CONFIRMED: lift the robot" in err
+        ) == (not confirmed)
     if error.code != 3:
-        assert str(error) == "error: stopped: no camera frame for 0.25 s" or "acknowledgement" in str(error)
+        assert str(
+            error
+        ) == "error: stopped: no camera frame for 0.25 s" or "acknowledgement" in str(error)
 
 
 def test_network_that_dies_at_the_normal_end(robot, drive, monkeypatch):
@@ -364,7 +444,10 @@ def test_rosbridge_that_was_away(robot, drive):
     wait_for(lambda: robot.motors == (0, 0) and robot.flag, 5)
     assert max(c[0] for c in robot.moving()) < back
     time.sleep(1.5)
-    assert len([c for c in robot.commands if c[0] > back]) >= 10 and robot.commands[-1][0] < time.monotonic() - 0.3  # it ended
+    assert (
+        len([c for c in robot.commands if c[0] > back]) >= 10
+        and robot.commands[-1][0] < time.monotonic() - 0.3
+    )  # it ended
 
 
 def test_guard_on_the_robot_stops_it_while_the_network_is_dead(robot, drive, monkeypatch):
@@ -378,7 +461,9 @@ def test_guard_on_the_robot_stops_it_while_the_network_is_dead(robot, drive, mon
         last = robot.moving()[-1][0]
         zeros = [c for c in robot.commands if c[3] == "elsewhere"]
         assert 0.5 < zeros[0][0] - last < 0.7 and len(zeros) == 10 and robot.motors == (0, 0)
-        assert max(c[1] for c in robot.moving()) > 0.15 / (0.0318 * 27)  # it had said that it is there, so the cap was the higher one
+        assert max(c[1] for c in robot.moving()) > 0.15 / (
+            0.0318 * 27
+        )  # it had said that it is there, so the cap was the higher one
         air.restore()
         wait_for(lambda: robot.flag)
     guard.set()
@@ -404,7 +489,9 @@ def run_guard(robot, monkeypatch):
 
     def hear(left, right, number):
         callerid = "/redraw_guard" if number == "elsewhere" else "/rosbridge_websocket"
-        message = types.SimpleNamespace(vel_left=left, vel_right=right, _connection_header={"callerid": callerid})
+        message = types.SimpleNamespace(
+            vel_left=left, vel_right=right, _connection_header={"callerid": callerid}
+        )
         for callback in callbacks:
             callback(message)
 
@@ -414,10 +501,18 @@ def run_guard(robot, monkeypatch):
         init_node=lambda name: None, is_shutdown=end.is_set,
     )  # fmt: skip
     messages = types.SimpleNamespace(WheelsCmdStamped=WheelsCmdStamped, Float32=float)
-    for name, module in {"rospy": rospy, "duckietown_msgs": messages, "duckietown_msgs.msg": messages, "std_msgs": messages, "std_msgs.msg": messages}.items():
+    for name, module in {
+        "rospy": rospy,
+        "duckietown_msgs": messages,
+        "duckietown_msgs.msg": messages,
+        "std_msgs": messages,
+        "std_msgs.msg": messages,
+    }.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(sys, "argv", ["duckiebot_guard.py", "duckie"])
-    source = compile((ROOT / "docs" / "duckiebot_guard.py").read_text(), "duckiebot_guard.py", "exec")
+    source = compile(
+        (ROOT / "docs" / "duckiebot_guard.py").read_text(), "duckiebot_guard.py", "exec"
+    )
     threading.Thread(target=exec, args=(source, {"__name__": "__main__"}), daemon=True).start()
     return end
 
@@ -449,7 +544,9 @@ def test_emergency_stop_that_was_set_before(robot, drive, capsys):
     robot.flag = True
     assert drive(Script(), max_seconds=1.5) is None
     out = capsys.readouterr().out
-    assert "the robot's emergency stop is set; arming clears it" in out and len(robot.moving()) >= 12
+    assert (
+        "the robot's emergency stop is set; arming clears it" in out and len(robot.moving()) >= 12
+    )
     assert [s[1] for s in robot.stops] == [False] and robot.stops[0][0] < robot.moving()[0][0]
 
 
@@ -473,10 +570,17 @@ def test_another_program_that_begins_to_drive(robot, drive, capsys, hertz):
 
     robot.when(10, begin)
     error = drive(Script())
-    assert "another program drives" in str(error) and "/duckie/joy_mapper_node" in capsys.readouterr().out
+    assert (
+        "another program drives" in str(error)
+        and "/duckie/joy_mapper_node" in capsys.readouterr().out
+    )
     # It can't be kept from driving; but the emergency stop is set, so nothing moves.
     time.sleep(2.5)
-    assert robot.flag and robot.motors == (0, 0) and max(c[0] for c in robot.moving() if c[3] == 0) < robot.fault_time + 0.6
+    assert (
+        robot.flag
+        and robot.motors == (0, 0)
+        and max(c[0] for c in robot.moving() if c[3] == 0) < robot.fault_time + 0.6
+    )
 
 
 def test_another_program_that_drives_already(robot, drive, capsys):
@@ -490,8 +594,12 @@ def test_another_program_that_drives_already(robot, drive, capsys):
     threading.Thread(target=interfere).start()
     error = drive(Script())
     end.set()
-    assert "not armed: another program drives" in str(error) and "/duckie/joy_mapper_node" in str(error)
-    assert {c[3] for c in robot.moving()} == {"elsewhere"} and "Type arm" not in capsys.readouterr().out
+    assert "not armed: another program drives" in str(error) and "/duckie/joy_mapper_node" in str(
+        error
+    )
+    assert {c[3] for c in robot.moving()} == {
+        "elsewhere"
+    } and "Type arm" not in capsys.readouterr().out
 
 
 # ---- Encoders ----
@@ -543,7 +651,9 @@ def test_faults_of_the_policy(robot, drive, surprise):
 
 @pytest.mark.parametrize("key", ["space", "gone"])
 def test_a_key_stops(robot, drive, key):
-    robot.when(10, lambda: os.write(drive.terminal, b" ") if key == "space" else os.close(drive.terminal))
+    robot.when(
+        10, lambda: os.write(drive.terminal, b" ") if key == "space" else os.close(drive.terminal)
+    )
     error = drive(Script())
     assert ("key was pressed" if key == "space" else "terminal is gone") in str(error)
     check_stopped(robot)
@@ -576,20 +686,30 @@ def joystick_event(kind, number, value):
 @pytest.mark.parametrize("end", ["button", "plug"])
 def test_joystick_steers_and_its_button_or_plug_stops(robot, drive, tmp_path, end):
     os.mkfifo(tmp_path / "js")
-    reader = os.open(tmp_path / "js", os.O_RDONLY | os.O_NONBLOCK)  # a pipe can't be written to before somebody reads
+    reader = os.open(
+        tmp_path / "js", os.O_RDONLY | os.O_NONBLOCK
+    )  # a pipe can't be written to before somebody reads
     stick = os.open(tmp_path / "js", os.O_WRONLY)
-    os.write(stick, joystick_event(2 | 128, 1, -16384) + joystick_event(2, 0, -8192))  # half forwards, a quarter to the left
-    robot.when(10, lambda: os.write(stick, joystick_event(1, 3, 1)) if end == "button" else os.close(stick))
+    os.write(
+        stick, joystick_event(2 | 128, 1, -16384) + joystick_event(2, 0, -8192)
+    )  # half forwards, a quarter to the left
+    robot.when(
+        10, lambda: os.write(stick, joystick_event(1, 3, 1)) if end == "button" else os.close(stick)
+    )
     error = drive(drive="joystick", joystick=str(tmp_path / "js"), checkpoint=None)
     os.close(reader)
     assert ("button" if end == "button" else "joystick is gone") in str(error)
     check_stopped(robot)
-    assert robot.moving()[5][1:3] == pytest.approx(((0.125 - 0.1) / (0.0318 * 27), (0.125 + 0.1) / (0.0318 * 27)), rel=1e-3)
+    assert robot.moving()[5][1:3] == pytest.approx(
+        ((0.125 - 0.1) / (0.0318 * 27), (0.125 + 0.1) / (0.0318 * 27)), rel=1e-3
+    )
 
 
 def test_death_of_the_watchdog_stops_the_driver(robot, drive, monkeypatch):
     processes, real = [], subprocess.Popen
-    monkeypatch.setattr(deploy.subprocess, "Popen", lambda *a, **k: processes.append(real(*a, **k)) or processes[-1])
+    monkeypatch.setattr(
+        deploy.subprocess, "Popen", lambda *a, **k: processes.append(real(*a, **k)) or processes[-1]
+    )
     robot.when(10, lambda: processes[0].kill())
     error = drive(Script())
     assert "watchdog" in str(error)
@@ -598,7 +718,9 @@ def test_death_of_the_watchdog_stops_the_driver(robot, drive, monkeypatch):
 
 def test_no_arming_without_a_watchdog(robot, drive, monkeypatch):
     real = subprocess.Popen
-    monkeypatch.setattr(deploy.subprocess, "Popen", lambda command, **k: real([sys.executable, "-c", "pass"], **k))
+    monkeypatch.setattr(
+        deploy.subprocess, "Popen", lambda command, **k: real([sys.executable, "-c", "pass"], **k)
+    )
     error = drive(Script())
     assert "watchdog" in str(error) and not robot.moving()
 
@@ -617,7 +739,11 @@ def test_watchdog_believes_only_acknowledgements(robot):
     dog = start_watchdog(robot)
     dog.stdin.write(b"hx")
     time.sleep(5)
-    assert dog.poll() is None and robot.commands[-1][0] > time.monotonic() - 0.5 and len({c[3] for c in robot.commands}) >= 3
+    assert (
+        dog.poll() is None
+        and robot.commands[-1][0] > time.monotonic() - 0.5
+        and len({c[3] for c in robot.commands}) >= 3
+    )
     assert all(c[1:3] == (0, 0) for c in robot.commands) and robot.flag
     robot.fault.clear()
     assert dog.stdout.readline() == b"stopped\n" and dog.wait(5) == 0
@@ -634,7 +760,11 @@ def test_watchdog_alone(robot, said, zeros):
     if said is not None:
         dog.stdin.write(said) if said else dog.stdin.close()
     time.sleep(0.5)
-    assert (len(robot.commands) >= 5 and robot.flag) if zeros else (not robot.commands and not robot.stops)
+    assert (
+        (len(robot.commands) >= 5 and robot.flag)
+        if zeros
+        else (not robot.commands and not robot.stops)
+    )
     assert all(c[1:3] == (0, 0) for c in robot.commands) and dog.wait(5) == 0
 
 
@@ -644,13 +774,42 @@ def start_driver(robot, tmp_path, *flags, terminal=None):
     with torch.no_grad():  # forwards, a little to the left, with the least noise
         policy.actor.net[-1].weight.zero_()
         policy.actor.net[-1].bias.copy_(torch.tensor([1.0, 0.1, -9.0, -9.0]))
-    save_checkpoint(tmp_path / "policy.pt", stage="train_policy", args={}, sizes=vars(SIZES), policy=policy.state_dict())
-    command = [sys.executable, str(ROOT / "deploy_duckiebot.py"), "--robot", "127.0.0.1", "--vehicle", "duckie", "--port", str(robot.port)]
+    save_checkpoint(
+        tmp_path / "policy.pt",
+        stage="train_policy",
+        args={},
+        sizes=vars(SIZES),
+        policy=policy.state_dict(),
+    )
+    command = [
+        sys.executable,
+        str(ROOT / "deploy_duckiebot.py"),
+        "--robot",
+        "127.0.0.1",
+        "--vehicle",
+        "duckie",
+        "--port",
+        str(robot.port),
+    ]
     command += ["--kinematics", "default", "--checkpoint", str(tmp_path / "policy.pt"), *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     if terminal is not None:
-        return subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=env, start_new_session=True)
-    driver = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        return subprocess.Popen(
+            command,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            env=env,
+            start_new_session=True,
+        )
+    driver = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
     driver.stdin.write("arm\n")
     driver.stdin.flush()
     return driver
@@ -674,10 +833,16 @@ def test_signals(robot, tmp_path, name):
         assert max(c[0] for c in robot.moving()) < robot.fault_time + 0.5 and robot.motors == (0, 0)
     out, err = driver.communicate(timeout=30)
     if name == "SIGSTOP":
-        assert driver.returncode == 1 and err.strip().startswith("error: stopped: ") and "\n" not in err.strip()
+        assert (
+            driver.returncode == 1
+            and err.strip().startswith("error: stopped: ")
+            and "\n" not in err.strip()
+        )
     elif not hard:
         assert driver.returncode == 0 and f"stopped: {name}" in out and err == ""
-        assert len(load_dataset(tmp_path / "out.npz", 16, 2, 2)["action"]) >= 10  # what was recorded is kept
+        assert (
+            len(load_dataset(tmp_path / "out.npz", SIZES)["action"]) >= 10
+        )  # what was recorded is kept
 
 
 # ---- Recording ----
@@ -686,9 +851,13 @@ def test_signals(robot, tmp_path, name):
 def test_recording(robot, drive, tmp_path):
     script = Script()
     assert drive(script, max_seconds=2.5, record=str(tmp_path / "out"), max_speed=0.1) is None
-    data = load_dataset(tmp_path / "out.npz", 16, 2, 2)  # the name that --dataset FOLDER finds
-    assert 24 <= len(data["action"]) <= 27 and np.allclose(data["action"], (0.8, 0.1))  # what was asked for, before the caps
-    assert np.array_equal(data["image"], np.array(script.images[3:])) and np.array_equal(data["vector"], np.array(script.vectors[3:]))
+    data = load_dataset(tmp_path / "out.npz", SIZES)  # the name that --dataset FOLDER finds
+    assert 24 <= len(data["action"]) <= 27 and np.allclose(
+        data["action"], (0.8, 0.1)
+    )  # what was asked for, before the caps
+    assert np.array_equal(data["image"], np.array(script.images[3:])) and np.array_equal(
+        data["vector"], np.array(script.vectors[3:])
+    )
     assert data["is_last"][-1] and data["is_first"][0] and not data["is_terminal"].any()
     with np.load(tmp_path / "out.npz") as npz:
         lag = npz["time_action"] - npz["time_image"]
@@ -699,7 +868,12 @@ def test_recording(robot, drive, tmp_path):
 @pytest.mark.parametrize("fault", ["a bug", "a broken connection", "a full disk"])
 def test_no_fault_loses_what_was_recorded(robot, drive, tmp_path, monkeypatch, capsys, fault):
     """The robot stands first, then the rows are written; if not where they should be, then elsewhere"""
-    given, elsewhere, stood, write = tmp_path / "out.npz", tmp_path / "elsewhere", [], deploy.save_dataset
+    given, elsewhere, stood, write = (
+        tmp_path / "out.npz",
+        tmp_path / "elsewhere",
+        [],
+        deploy.save_dataset,
+    )
 
     def save(path, data):
         stood.append(robot.motors == (0, 0) and robot.commands[-1][1:3] == (0, 0))
@@ -712,14 +886,28 @@ def test_no_fault_loses_what_was_recorded(robot, drive, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(deploy, "save_dataset", save)
     monkeypatch.setattr(deploy.tempfile, "tempdir", str(elsewhere))
-    robot.when(10, (lambda: robot.disconnect([0])) if fault == "a broken connection" else lambda: None)
-    error = drive(Script(n=14, surprise=bug) if fault == "a bug" else Script(), record=str(given), max_seconds=2.0)
-    assert {"a bug": isinstance(error, RuntimeError), "a broken connection": "connection" in str(error), "a full disk": error is None}[fault]
+    robot.when(
+        10, (lambda: robot.disconnect([0])) if fault == "a broken connection" else lambda: None
+    )
+    error = drive(
+        Script(n=14, surprise=bug) if fault == "a bug" else Script(),
+        record=str(given),
+        max_seconds=2.0,
+    )
+    assert {
+        "a bug": isinstance(error, RuntimeError),
+        "a broken connection": "connection" in str(error),
+        "a full disk": error is None,
+    }[fault]
     assert stood and all(stood)
     files = list(elsewhere.glob("*.npz")) if fault == "a full disk" else [given]
-    data = load_dataset(files[0], 16, 2, 2)
+    data = load_dataset(files[0], SIZES)
     # The row of the last step that was not finished is missing, no other one.
-    assert len(files) == 1 and len(data["action"]) == (10 if fault == "a bug" else len(robot.moving())) and np.allclose(data["action"], (0.8, 0.1))
+    assert (
+        len(files) == 1
+        and len(data["action"]) == (10 if fault == "a bug" else len(robot.moving()))
+        and np.allclose(data["action"], (0.8, 0.1))
+    )
     out = capsys.readouterr().out
     assert f"wrote {files[0]}" in out and ("No space left" in out) == (fault == "a full disk")
 
@@ -730,7 +918,9 @@ def test_sequences_are_split_where_the_timing_broke():
     lag[7] = 0.03
     first = np.zeros(9, bool)
     first[2] = True  # an episode of the simulator
-    rows = [{"time_action": t, "time_image": t - d, "is_first": f} for t, d, f in zip(times, lag, first)]
+    rows = [
+        {"time_action": t, "time_image": t - d, "is_first": f} for t, d, f in zip(times, lag, first)
+    ]
     data = deploy.dataset_of(rows)
     #                                             0.15 s       0.07 s    late, and after it
     assert data["is_first"].tolist() == [True, False, True, True, False, True, False, True, True]
@@ -746,7 +936,10 @@ def test_recording_stays_whole_when_pictures_come_late(drive, tmp_path, capsys):
     delays = np.exp(np.interp(rng.normal(size=4096), [-2.5, *scores, 2.8], points)) / 1e3
     assert np.quantile(delays, (0.5, 0.9, 0.99)) * 1e3 == pytest.approx([7, 12, 43], rel=0.15)
     with FakeRobot(delay=lambda k: delays[k % len(delays)]) as robot:
-        assert drive(Script(), port=robot.port, max_seconds=40.0, record=str(tmp_path / "out.npz")) is None
+        assert (
+            drive(Script(), port=robot.port, max_seconds=40.0, record=str(tmp_path / "out.npz"))
+            is None
+        )
     with np.load(tmp_path / "out.npz") as npz:
         lengths = np.diff(np.append(npz["is_first"].nonzero()[0], len(npz["is_first"])))
         step, lag = np.diff(npz["time_action"]), npz["time_action"] - npz["time_image"]
@@ -754,17 +947,22 @@ def test_recording_stays_whole_when_pictures_come_late(drive, tmp_path, capsys):
     assert 385 <= lengths.sum() <= 410 and share >= 0.8, (share, lengths)
     assert np.mean(lag > 0.022) < 0.03 and np.mean((step < 0.08) | (step > 0.12)) < 0.05
     out = capsys.readouterr().out
-    assert f"{lengths.sum()} rows in {len(lengths)} sequences, the longest {lengths.max()}" in out and f"{share:.0%} of the rows are usable" in out
+    assert (
+        f"{lengths.sum()} rows in {len(lengths)} sequences, the longest {lengths.max()}" in out
+        and f"{share:.0%} of the rows are usable" in out
+    )
 
 
 def test_a_drive_that_stopped_goes_on_in_the_same_recording(robot, tmp_path):
     """At a terminal: armed, a short gap of pictures, y, armed again; the time limit holds for both parts."""
-    driver, terminal, said = start_at_terminal(robot, tmp_path, "--record", str(tmp_path / "out.npz"), "--max-seconds", "4")
+    driver, terminal, said = start_at_terminal(
+        robot, tmp_path, "--record", str(tmp_path / "out.npz"), "--max-seconds", "4"
+    )
     robot.when(15, "late frames")
     os.write(terminal, b"arm\n")
     wait_for(lambda: b"Drive on" in said(), 60)
     assert robot.motors == (0, 0) and robot.flag and b"no camera frame" in said()
-    n = len(load_dataset(tmp_path / "out.npz", 16, 2, 2)["action"])  # kept before anything is asked
+    n = len(load_dataset(tmp_path / "out.npz", SIZES)["action"])  # kept before anything is asked
     time.sleep(0.5)
     robot.fault.clear()
     os.write(terminal, b"y\n")
@@ -772,8 +970,13 @@ def test_a_drive_that_stopped_goes_on_in_the_same_recording(robot, tmp_path):
     time.sleep(0.5)
     os.write(terminal, b"arm\n")
     assert driver.wait(20) == 0
-    data = load_dataset(tmp_path / "out.npz", 16, 2, 2)
-    assert 10 <= n <= 18 and 36 <= len(data["action"]) <= 42 and data["is_first"][n] and robot.motors == (0, 0)
+    data = load_dataset(tmp_path / "out.npz", SIZES)
+    assert (
+        10 <= n <= 18
+        and 36 <= len(data["action"]) <= 42
+        and data["is_first"][n]
+        and robot.motors == (0, 0)
+    )
     os.close(terminal)
 
 
@@ -810,21 +1013,38 @@ def start_at_terminal(robot, tmp_path, *flags):
 def test_random_driving_goes_forwards_and_is_correlated():
     drive = deploy.make_driver(deploy.Args(drive="random", hold=5.0), None, None, None)
     actions = np.array([drive(None) for _ in range(3000)])
-    assert (actions[:, 0] >= 0).all() and actions[:, 0].mean() == pytest.approx(0.5, abs=0.05) and abs(actions[:, 1].mean()) < 0.05
-    assert np.abs(actions[:, 1]).max() > 0.45 and (actions[1:] == actions[:-1]).all(1).mean() == pytest.approx(0.8, abs=0.03)
+    assert (
+        (actions[:, 0] >= 0).all()
+        and actions[:, 0].mean() == pytest.approx(0.5, abs=0.05)
+        and abs(actions[:, 1].mean()) < 0.05
+    )
+    assert np.abs(actions[:, 1]).max() > 0.45 and (actions[1:] == actions[:-1]).all(
+        1
+    ).mean() == pytest.approx(0.8, abs=0.03)
 
 
 # ---- Geometry ----
 
 
 def test_kinematics_with_a_calibration():
-    calibration = {"gain": 1.2, "trim": 0.1, "baseline": 0.1, "radius": 0.03, "k": 25.0, "limit": 0.5}
-    assert deploy.wheel_duties(0.15, 1.0, calibration) == pytest.approx([1.1 * 0.1 / 0.75, 1.3 * 0.2 / 0.75])
+    calibration = {
+        "gain": 1.2,
+        "trim": 0.1,
+        "baseline": 0.1,
+        "radius": 0.03,
+        "k": 25.0,
+        "limit": 0.5,
+    }
+    assert deploy.wheel_duties(0.15, 1.0, calibration) == pytest.approx(
+        [1.1 * 0.1 / 0.75, 1.3 * 0.2 / 0.75]
+    )
     assert deploy.wheel_duties(9.0, 0.0, calibration).tolist() == [0.5, 0.5]
 
 
 def test_undistortion_makes_a_pinhole_camera():
-    angle = np.deg2rad(30)  # a ray 30 degrees to the right of the axis: the fisheye has it at f angle, the pinhole at f tan(angle)
+    angle = np.deg2rad(
+        30
+    )  # a ray 30 degrees to the right of the axis: the fisheye has it at f angle, the pinhole at f tan(angle)
     picture = np.zeros((480, 640), np.uint8)
     cv2.circle(picture, (round(320 + 307.976 * angle), 240), 4, 255, -1)
     picture = cv2.resize(picture, (320, 240), interpolation=cv2.INTER_AREA)
@@ -834,20 +1054,34 @@ def test_undistortion_makes_a_pinhole_camera():
 
 def test_picture_has_its_colours_and_sides():
     image = np.zeros((480, 640, 3), np.uint8)  # red, green, blue
-    image[:, :320, 0], image[:, 320:, 2], image[240:, :, 1] = 200, 200, 100  # red on the left, blue on the right, greener below
+    image[:, :320, 0], image[:, 320:, 2], image[240:, :, 1] = (
+        200,
+        200,
+        100,
+    )  # red on the left, blue on the right, greener below
     data = base64.b64encode(cv2.imencode(".jpg", image[..., ::-1])[1].tobytes()).decode()
     seen = deploy.picture(data, deploy.undistortion(None), 16)
     quarters = seen[[2, 2, 13, 13], [2, 13, 2, 13]]  # two above, two below
-    assert np.allclose(quarters, [(200, 0, 0), (0, 0, 200), (200, 100, 0), (0, 100, 200)], atol=12), quarters
+    assert np.allclose(
+        quarters, [(200, 0, 0), (0, 0, 200), (200, 100, 0), (0, 100, 200)], atol=12
+    ), quarters
 
 
 def test_picture_at_half_the_size_is_that_at_the_whole():
     K = np.array([[307.976, 0, 320], [0, 307.889, 240], [0, 0, 1]])
-    maps = cv2.fisheye.initUndistortRectifyMap(K, np.zeros(4), np.eye(3), K, (640, 480), cv2.CV_32FC1)
-    whole = cv2.remap(cv2.imdecode(np.frombuffer(base64.b64decode(JPEGS[0]), np.uint8), cv2.IMREAD_COLOR), *maps, cv2.INTER_LINEAR)
+    maps = cv2.fisheye.initUndistortRectifyMap(
+        K, np.zeros(4), np.eye(3), K, (640, 480), cv2.CV_32FC1
+    )
+    whole = cv2.remap(
+        cv2.imdecode(np.frombuffer(base64.b64decode(JPEGS[0]), np.uint8), cv2.IMREAD_COLOR),
+        *maps,
+        cv2.INTER_LINEAR,
+    )
     whole = cv2.resize(whole, (64, 64), interpolation=cv2.INTER_AREA)[..., ::-1].astype(int)
     seen = deploy.picture(JPEGS[0], deploy.undistortion(None), 64)
-    assert np.abs(seen - whole).mean() < 1 < np.abs(seen - np.roll(whole, 1, 1)).mean()  # levels of 255; and by a pixel beside it
+    assert (
+        np.abs(seen - whole).mean() < 1 < np.abs(seen - np.roll(whole, 1, 1)).mean()
+    )  # levels of 255; and by a pixel beside it
 
 
 def test_camera_calibration_file(tmp_path):
@@ -857,7 +1091,9 @@ distortion_coefficients: {{rows: 1, cols: 5, data: {}}}\n"""
     (tmp_path / "straight.yaml").write_text(text.format("plumb_bob", "[0, 0, 0, 0, 0]"))
     (tmp_path / "barrel.yaml").write_text(text.format("plumb_bob", "[-0.2, 0, 0, 0, 0]"))
     (tmp_path / "fisheye.yaml").write_text(text.format("equidistant", "[0, 0, 0, 0]"))
-    straight, barrel, fisheye = (deploy.undistortion(tmp_path / f"{n}.yaml")[0] for n in ("straight", "barrel", "fisheye"))
+    straight, barrel, fisheye = (
+        deploy.undistortion(tmp_path / f"{n}.yaml")[0] for n in ("straight", "barrel", "fisheye")
+    )
     x, y = np.meshgrid(np.arange(320), np.arange(240))
     assert np.abs(straight - np.stack([x, y], -1)).max() <= 1
     assert barrel[120, 300, 0] == pytest.approx(160 + 140 * (1 - 0.2 * (280 / 307.976) ** 2), abs=1)
@@ -869,26 +1105,53 @@ distortion_coefficients: {{rows: 1, cols: 5, data: {}}}\n"""
 
 def test_export_acts_as_the_policy_does(tmp_path):
     policy = Policy(SIZES).requires_grad_(False)
-    save_checkpoint(tmp_path / "policy.pt", stage="train_policy", args={}, sizes=vars(SIZES), policy=policy.state_dict())
-    deploy.main(deploy.Args(checkpoint=str(tmp_path / "policy.pt"), export=str(tmp_path / "board.pt")))
+    save_checkpoint(
+        tmp_path / "policy.pt",
+        stage="train_policy",
+        args={},
+        sizes=vars(SIZES),
+        policy=policy.state_dict(),
+    )
+    deploy.main(
+        deploy.Args(checkpoint=str(tmp_path / "policy.pt"), export=str(tmp_path / "board.pt"))
+    )
     board = torch.jit.load(tmp_path / "board.pt")
     image, vector = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8), torch.randn(5, 2)
     torch.manual_seed(1)
     actions = board(image, vector).numpy()
     torch.manual_seed(1)
-    assert np.allclose(actions, policy(image.numpy(), vector.numpy()), atol=1e-5) and actions.std() > 0.1
+    assert (
+        np.allclose(actions, policy(image.numpy(), vector.numpy()), atol=1e-5)
+        and actions.std() > 0.1
+    )
 
 
 @pytest.mark.parametrize("flag", ["record", "export"])
 def test_nothing_is_overwritten(tmp_path, flag):
     """Said before the drive: the robot's address, which nothing answers at, is never tried"""
-    (tmp_path / "taken").write_text("mine")
-    save_checkpoint(tmp_path / "policy.pt", stage="train_policy", args={}, sizes=vars(SIZES), policy=Policy(SIZES).state_dict())
+    (tmp_path / "taken.npz").write_text("mine")
+    save_checkpoint(
+        tmp_path / "policy.pt",
+        stage="train_policy",
+        args={},
+        sizes=vars(SIZES),
+        policy=Policy(SIZES).state_dict(),
+    )
     (tmp_path / "file").write_text("")
-    for path, words in ((tmp_path / "taken", "exists already"), (tmp_path / "file" / "out", "can't write")):
+    for path, words in (
+        (tmp_path / "taken.npz", "exists already"),
+        (tmp_path / "file" / "out", "can't write"),
+    ):
         with user_error(words):
-            deploy.main(deploy.Args(robot="127.0.0.1", port=1, checkpoint=str(tmp_path / "policy.pt"), **{flag: str(path)}))
-    assert (tmp_path / "taken").read_text() == "mine"
+            deploy.main(
+                deploy.Args(
+                    robot="127.0.0.1",
+                    port=1,
+                    checkpoint=str(tmp_path / "policy.pt"),
+                    **{flag: str(path)},
+                )
+            )
+    assert (tmp_path / "taken.npz").read_text() == "mine"
 
 
 def test_export_that_differs_is_refused(tmp_path, monkeypatch):
