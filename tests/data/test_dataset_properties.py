@@ -11,10 +11,22 @@ from hypothesis import strategies as st
 from common import UserError, load_dataset, save_dataset
 
 # The same examples each time, so that a test that passed does not fail on another day
-modest = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+modest = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
 
-NDIMS = {"image": 4, "vector": 2, "action": 2, "reward": 1, "is_first": 1, "is_last": 1, "is_terminal": 1}
-DTYPES = {"image": np.uint8, "vector": np.float32, "action": np.float32, "reward": np.float32} | {k: np.bool_ for k in ("is_first", "is_last", "is_terminal")}
+NDIMS = {
+    "image": 4,
+    "vector": 2,
+    "action": 2,
+    "reward": 1,
+    "is_first": 1,
+    "is_last": 1,
+    "is_terminal": 1,
+}
+DTYPES = {"image": np.uint8, "vector": np.float32, "action": np.float32, "reward": np.float32} | {
+    k: np.bool_ for k in ("is_first", "is_last", "is_terminal")
+}
 
 
 @st.composite
@@ -34,7 +46,10 @@ def chunks(draw, count):
             "vector": (scale * rng.normal(size=(n, V))).astype(vector_dtype),
             "action": rng.uniform(-1, 1, (n, A)).astype(np.float32),
             "reward": rng.normal(size=n),
-            **{k: (rng.random(n) < 0.3).astype(flag_dtype) for k in ("is_first", "is_last", "is_terminal")},
+            **{
+                k: (rng.random(n) < 0.3).astype(flag_dtype)
+                for k in ("is_first", "is_last", "is_terminal")
+            },
         }
         parts.append({k: v for k, v in rows.items() if k not in missing})
     return parts
@@ -43,9 +58,17 @@ def chunks(draw, count):
 def check_valid(data):
     """What every reader of a dataset counts on"""
     n, L = len(data["is_first"]), data["image"].shape[1]
-    assert {"image", "vector", "action", "is_first", "is_last", "is_terminal"} <= set(data) <= set(NDIMS) and n >= 2
+    assert {"image", "vector", "action", "is_first", "is_last", "is_terminal"} <= set(data) <= set(
+        NDIMS
+    ) and n >= 2
     for key, value in data.items():
-        assert value.dtype == DTYPES[key] and value.ndim == NDIMS[key] and len(value) == n and value.size and np.isfinite(value).all()
+        assert (
+            value.dtype == DTYPES[key]
+            and value.ndim == NDIMS[key]
+            and len(value) == n
+            and value.size
+            and np.isfinite(value).all()
+        )
     assert data["image"].shape == (n, L, L, 3) and data["is_first"][0]
     assert not (data["is_last"][:-1] & ~data["is_first"][1:]).any()  # a reset follows an end
 
@@ -63,7 +86,9 @@ def check_same(data, parts):
             elif key != "reward":
                 assert not got[key].any()
         last = got["is_last"][:-1]
-        assert np.array_equal(got["is_first"], rows["is_first"].astype(bool) | np.append(True, last))
+        assert np.array_equal(
+            got["is_first"], rows["is_first"].astype(bool) | np.append(True, last)
+        )
         start += n
     assert start == len(data["is_first"]) and ("reward" in data) == ("reward" in parts[0])
 
@@ -100,7 +125,13 @@ def load_or_refuse(data):
 
 
 @modest
-@given(st.one_of(st.binary(max_size=400), st.binary(max_size=200).map(b"PK\x03\x04".__add__), st.binary(max_size=200).map(b"\x93NUMPY".__add__)))
+@given(
+    st.one_of(
+        st.binary(max_size=400),
+        st.binary(max_size=200).map(b"PK\x03\x04".__add__),
+        st.binary(max_size=200).map(b"\x93NUMPY".__add__),
+    )
+)
 def test_any_bytes_are_read_or_refused(data):
     load_or_refuse(data)
 
@@ -113,21 +144,43 @@ def test_any_damage_is_read_or_refused(parts, compressed, data):
     whole = bytearray(file.getvalue())
     for _ in range(data.draw(st.integers(0, 4))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    start, end = sorted(data.draw(st.tuples(st.integers(0, len(whole)), st.integers(0, len(whole)))))
+    start, end = sorted(
+        data.draw(st.tuples(st.integers(0, len(whole)), st.integers(0, len(whole))))
+    )
     cut = data.draw(st.sampled_from(["nothing", "the end", "the middle"]))
-    load_or_refuse(bytes(whole if cut == "nothing" else whole[:start] if cut == "the end" else whole[:start] + whole[end:]))
+    load_or_refuse(
+        bytes(
+            whole
+            if cut == "nothing"
+            else whole[:start]
+            if cut == "the end"
+            else whole[:start] + whole[end:]
+        )
+    )
 
 
 @modest
 @given(chunks(1), st.sampled_from(sorted(NDIMS)), st.data())
 def test_any_array_in_any_place_is_read_or_refused(parts, key, data):
-    """A valid dataset, one of whose arrays has another type, another shape, or special numbers in it"""
+    """A valid dataset, one of whose arrays has another type, another shape, or special numbers in
+    it"""
     n = len(parts[0]["is_first"])
-    dtype = data.draw(st.sampled_from(["f4", "f8", "f2", "u1", "i8", "?", "c8", "U3", "S2", "M8[s]", "f4,i2", ">f4", ">i2"]))
-    shape = data.draw(st.one_of(st.just(np.shape(parts[0].get(key, np.zeros(n)))), st.lists(st.integers(0, 4), max_size=5).map(tuple)))
+    dtype = data.draw(
+        st.sampled_from(
+            ["f4", "f8", "f2", "u1", "i8", "?", "c8", "U3", "S2", "M8[s]", "f4,i2", ">f4", ">i2"]
+        )
+    )
+    shape = data.draw(
+        st.one_of(
+            st.just(np.shape(parts[0].get(key, np.zeros(n)))),
+            st.lists(st.integers(0, 4), max_size=5).map(tuple),
+        )
+    )
     array = np.zeros(shape, dtype)
     if array.dtype.kind in "fc" and array.size:
-        array.flat[data.draw(st.integers(0, array.size - 1))] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf, 6e4]))
+        array.flat[data.draw(st.integers(0, array.size - 1))] = data.draw(
+            st.sampled_from([np.nan, np.inf, -np.inf, 6e4])
+        )
     file = io.BytesIO()
     np.savez(file, **parts[0] | {key: array})
     load_or_refuse(file.getvalue())

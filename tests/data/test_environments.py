@@ -1,4 +1,5 @@
-"""The environments: the four source/target pairs against physics, the Gymnasium interface, a user's own ids."""
+"""The environments: the four source/target pairs against physics, the Gymnasium interface, a user's
+own ids."""
 
 import gymnasium as gym
 import numpy as np
@@ -8,8 +9,16 @@ from helpers import user_error
 from common import DMCEnv, held_noise, make_envs
 from train_policy import evaluate, mean_and_interval
 
-NAMES = ("PendulumSwingup", "PendulumSwingupReversed", "BallInCupCatch", "BallInCupCatchWindy",
-         "FingerTurnHard", "FingerTurnHardTorque", "ReacherEasy", "ReacherEasyReversed")  # fmt: skip
+NAMES = (
+    "PendulumSwingup",
+    "PendulumSwingupReversed",
+    "BallInCupCatch",
+    "BallInCupCatchWindy",
+    "FingerTurnHard",
+    "FingerTurnHardTorque",
+    "ReacherEasy",
+    "ReacherEasyReversed",
+)
 IDS = [f"redraw/{name}-v0" for name in NAMES]
 
 
@@ -17,7 +26,9 @@ def rollout(env, actions, seed=0):
     """The vectors (T+1, V) of one episode, in an environment or in a new one of that name"""
     if isinstance(env, str):
         env = gym.make(f"redraw/{env}-v0", image_size=16)
-    return np.stack([env.reset(seed=seed)[0]["vector"]] + [env.step(action)[0]["vector"] for action in actions])
+    return np.stack(
+        [env.reset(seed=seed)[0]["vector"]] + [env.step(action)[0]["vector"] for action in actions]
+    )
 
 
 def random_actions(steps, size, seed=0):
@@ -27,14 +38,19 @@ def random_actions(steps, size, seed=0):
 @pytest.mark.parametrize("env_id", IDS)
 def test_observations_are_those_of_the_spaces(env_id):
     env = gym.make(env_id)
-    assert env.observation_space["image"].shape == (64, 64, 3) and env.observation_space["image"].dtype == np.uint8
+    assert (
+        env.observation_space["image"].shape == (64, 64, 3)
+        and env.observation_space["image"].dtype == np.uint8
+    )
     assert env.observation_space["vector"].dtype == np.float32
     assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
     observations = [env.reset(seed=0)[0], env.step(env.action_space.sample())[0]]
     for obs in observations:
         assert env.observation_space.contains(obs)
         assert obs["image"].std() > 5  # a picture, not a blank frame
-    assert np.array_equal(observations[1]["vector"], env.unwrapped.physics.velocity().astype(np.float32))
+    assert np.array_equal(
+        observations[1]["vector"], env.unwrapped.physics.velocity().astype(np.float32)
+    )
     env.close()
 
 
@@ -42,13 +58,18 @@ def test_observations_are_those_of_the_spaces(env_id):
 def test_episodes_are_seeded(env_id):
     env = gym.make(env_id, image_size=16)
     actions = random_actions(5, env.action_space.shape[0])
-    first, other, again = (rollout(env, actions, seed) for seed in (3, 4, 3))  # also whatever the episode before was
+    first, other, again = (
+        rollout(env, actions, seed) for seed in (3, 4, 3)
+    )  # also whatever the episode before was
     env.close()
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
-@pytest.mark.parametrize("source, target", [("PendulumSwingup", "PendulumSwingupReversed"), ("ReacherEasy", "ReacherEasyReversed")])
+@pytest.mark.parametrize(
+    "source, target",
+    [("PendulumSwingup", "PendulumSwingupReversed"), ("ReacherEasy", "ReacherEasyReversed")],
+)
 def test_reversed_actions(source, target):
     actions = random_actions(20, 1 if "Pendulum" in source else 2)
     a = rollout(source, actions)
@@ -58,11 +79,17 @@ def test_reversed_actions(source, target):
 
 def test_wind_pushes_the_ball():
     env = gym.make("redraw/BallInCupCatchWindy-v0", image_size=16)
-    for seed in (1, 2):  # two starts with a slack string, so that the ball flies freely; a reset must not end the wind
+    for seed in (
+        1,
+        2,
+        # two starts with a slack string, so that the ball flies freely; a reset must not end the
+        # wind
+    ):
         env.reset(seed=seed)
         obs = env.step(np.zeros(2, np.float32))[0]
         mass = env.unwrapped.physics.named.model.body_mass["ball"]
-        # The order of the joints is cup x, cup z, ball x, ball z. One step is two frames of 0.02 s: v = F t / m.
+        # The order of the joints is cup x, cup z, ball x, ball z. One step is two frames of 0.02 s:
+        # v = F t / m.
         assert obs["vector"][2] == pytest.approx(-2.0 * 0.04 / mass, rel=1e-3)
         assert obs["vector"][3] == pytest.approx(-9.81 * 0.04, rel=1e-3)  # and gravity as ever
         for _ in range(3):
@@ -70,7 +97,9 @@ def test_wind_pushes_the_ball():
         force = env.unwrapped.physics.named.data.xfrc_applied
         assert force["ball"].tolist() == [-2, 0, 0, 0, 0, 0] and not force["cup"].any()
     env.close()
-    assert rollout("BallInCupCatch", np.zeros((1, 2), np.float32), seed=1)[-1, 2] == 0  # no wind in the source
+    assert (
+        rollout("BallInCupCatch", np.zeros((1, 2), np.float32), seed=1)[-1, 2] == 0
+    )  # no wind in the source
 
 
 def test_torque_turns_the_spinner():
@@ -79,10 +108,20 @@ def test_torque_turns_the_spinner():
         env.reset(seed=seed)
         for _ in range(10):
             obs = env.step(np.zeros(2, np.float32))[0]
-        # Where damping (0.5 per rad/s) and friction (0.1) hold the torque of 4 N·m. The hinge's axis is -y.
+        # Where damping (0.5 per rad/s) and friction (0.1) hold the torque of 4 N·m. The hinge's
+        # axis is -y.
         assert obs["vector"][2] == pytest.approx(-(4.0 - 0.1) / 0.5, rel=1e-3)
-        assert obs["vector"][:2] == pytest.approx([0, 0], abs=1e-3)  # the finger itself is not turned
-        assert env.unwrapped.physics.named.data.xfrc_applied["spinner"].tolist() == [0, 0, 0, 0, 4, 0]
+        assert obs["vector"][:2] == pytest.approx(
+            [0, 0], abs=1e-3
+        )  # the finger itself is not turned
+        assert env.unwrapped.physics.named.data.xfrc_applied["spinner"].tolist() == [
+            0,
+            0,
+            0,
+            0,
+            4,
+            0,
+        ]
     env.close()
     assert not rollout("FingerTurnHard", np.zeros((3, 2), np.float32)).any()
 
@@ -90,7 +129,9 @@ def test_torque_turns_the_spinner():
 def test_reward_is_that_of_the_last_of_two_frames():
     from dm_control import suite
 
-    env = DMCEnv("cartpole", "swingup", image_size=16)  # a task whose reward differs from frame to frame
+    env = DMCEnv(
+        "cartpole", "swingup", image_size=16
+    )  # a task whose reward differs from frame to frame
     env.reset(seed=5)
     by_hand = suite.load("cartpole", "swingup", task_kwargs={"random": 5})
     by_hand.reset()
@@ -114,7 +155,10 @@ def test_episodes_are_truncated_after_500_steps_and_never_terminal():
 
 @pytest.mark.parametrize("size", [16, 32])
 def test_small_images_are_averages_of_the_large_one(size):
-    large, small = (gym.make("redraw/ReacherEasy-v0", image_size=s).reset(seed=0)[0]["image"] for s in (64, size))
+    large, small = (
+        gym.make("redraw/ReacherEasy-v0", image_size=s).reset(seed=0)[0]["image"]
+        for s in (64, size)
+    )
     k = 64 // size
     mean = large.reshape(size, k, size, k, 3).astype(float).mean((1, 3))
     assert small.shape == (size, size, 3)
@@ -135,7 +179,9 @@ def test_step_after_an_end_starts_the_next_episode():
     envs = make_envs("toy_env:Toy-v0", 2)
     obs, _ = envs.reset(seed=0)
     start = obs["vector"][:, 1]
-    push = np.array([[1.0], [-1.0]], np.float32)  # the first copy reaches the end at position 1, the other one never does
+    push = np.array(
+        [[1.0], [-1.0]], np.float32
+    )  # the first copy reaches the end at position 1, the other one never does
     steps = int(np.ceil((1 - start[0]) / 0.2))
     for _ in range(steps):
         obs, reward, terminated, truncated, _ = envs.step(push)
@@ -144,7 +190,12 @@ def test_step_after_an_end_starts_the_next_episode():
     assert obs["vector"][0, 1] == pytest.approx(start[0] + 0.2 * steps, abs=1e-5) == reward[0]
     obs, reward, terminated, truncated, _ = envs.step(push)
     # ... and the first row of the next one comes without a reward and with the action ignored.
-    assert obs["vector"][0, 0] == 0 and abs(obs["vector"][0, 1]) <= 0.5 and reward[0] == 0 and not terminated.any()
+    assert (
+        obs["vector"][0, 0] == 0
+        and abs(obs["vector"][0, 1]) <= 0.5
+        and reward[0] == 0
+        and not terminated.any()
+    )
     assert obs["vector"][1, 0] == pytest.approx(-0.2)  # the other copy just goes on
     envs.close()
 
@@ -179,15 +230,21 @@ def test_evaluate_counts_one_episode_of_each_copy():
         return np.full((len(vector), 1), 5.0, np.float32)  # is clipped to 1
 
     returns, frames = evaluate("toy_env:Toy-v0", push_right, episodes=3, seed=7)
-    steps = np.ceil((1 - start) / 0.2).astype(int)  # each episode ends at position 1; the copies end at different times
+    steps = np.ceil((1 - start) / 0.2).astype(
+        int
+    )  # each episode ends at position 1; the copies end at different times
     assert len(set(steps)) > 1
-    assert returns == pytest.approx([sum(p + 0.2 * np.arange(1, n + 1)) for p, n in zip(start, steps)], abs=1e-4)
+    assert returns == pytest.approx(
+        [sum(p + 0.2 * np.arange(1, n + 1)) for p, n in zip(start, steps, strict=True)], abs=1e-4
+    )
     assert len(frames) == steps[0] + 1 and set(seen) == {(3, 16, 16, 3)}
 
 
 def test_mean_and_interval():
     mean, half = mean_and_interval(np.array([1.0, 2.0, 3.0]))
-    assert mean == 2 and half == pytest.approx(4.302653 * 1.0 / 3**0.5, abs=1e-5)  # Student's t with two degrees of freedom
+    assert mean == 2 and half == pytest.approx(
+        4.302653 * 1.0 / 3**0.5, abs=1e-5
+    )  # Student's t with two degrees of freedom
 
 
 def test_held_noise_holds():
@@ -208,5 +265,10 @@ def test_held_noise_holds():
 @pytest.mark.parametrize("episodes", [2, 20, 23])
 def test_evaluate_runs_as_many_episodes_as_asked(episodes):
     """twenty at a time, each from a start of its own"""
-    returns, frames = evaluate("toy_env:Toy-v0", lambda image, vector: np.zeros((len(vector), 1), np.float32), episodes=episodes, seed=7)
+    returns, frames = evaluate(
+        "toy_env:Toy-v0",
+        lambda image, vector: np.zeros((len(vector), 1), np.float32),
+        episodes=episodes,
+        seed=7,
+    )
     assert returns.shape == (episodes,) and len(set(returns)) == episodes and len(frames) == 11

@@ -6,47 +6,35 @@ import numpy as np
 import pytest
 import torch
 from exact_world import CELLS, COLUMNS, GOAL, ORDER, PIT, SOURCE, TARGET, next_cell, which_action
-from helpers import TINY, random_rows, random_states, save_tiny_draw
+from helpers import TINY, borders, random_rows, random_states, read_replay, save_tiny_draw
 from torch import nn
 
 import draw_pretrain
 import redraw_adapt
 import train_policy
-from common import DRAW, load_dataset, make_envs, save_dataset
-from redraw_adapt import Rectified, adaptation_loss, encode_dataset
+from common import DRAW, Rectified, make_envs, save_dataset
+from redraw_adapt import encode, residual_loss
 
 
 def check_rows(rows, env_id):
     """Row t: x_t, the reward and the end on ARRIVING at x_t, the action taken AT x_t"""
     cell = np.rint((rows["vector"][:, 0] + 1) * COLUMNS + rows["vector"][:, 1] + 1.5).astype(int)
-    shown = (
-        rows["image"][..., 0]
-        .reshape(-1, 4, 4, COLUMNS, 4)
-        .mean((2, 4))
-        .reshape(-1, 4 * COLUMNS)
-        .argmax(-1)
-    )  # the white square
-    assert np.array_equal(cell, shown)
+    squares = rows["image"][..., 0].reshape(-1, 4, 4, COLUMNS, 4).mean((2, 4))
+    assert np.array_equal(cell, squares.reshape(-1, 4 * COLUMNS).argmax(-1))  # the white one
     first, last = rows["is_first"], rows["is_last"]
     moves = 0
     for t in range(1, len(cell)):
         if not first[t]:
-            assert cell[t] == next_cell(
-                cell[t - 1], which_action(rows["action"][t - 1]), ORDER[env_id]
-            )
+            action = which_action(rows["action"][t - 1])
+            assert cell[t] == next_cell(cell[t - 1], action, ORDER[env_id])
             moves += 1
         assert not last[t - 1] or first[t]
-    assert (
-        moves > 0.8 * len(cell)
-        and set(which_action(rows["action"])) == {0, 1, 2, 3}
-        and set(cell) == set(range(CELLS))
-    )
-    assert (
-        np.array_equal(rows["is_terminal"], cell == PIT) and not (rows["is_terminal"] & ~last).any()
-    )
-    assert (
-        last & ~rows["is_terminal"]
-    ).any()  # episodes that were cut at the time limit do not end for the model
+    assert moves > 0.8 * len(cell)
+    assert set(which_action(rows["action"])) == {0, 1, 2, 3} and set(cell) == set(range(CELLS))
+    assert np.array_equal(rows["is_terminal"], cell == PIT)
+    assert not (rows["is_terminal"] & ~last).any()
+    # Episodes that were cut at the time limit do not end for the model.
+    assert (last & ~rows["is_terminal"]).any()
     if "reward" in rows:
         assert np.array_equal(rows["reward"], (cell == GOAL) & ~first)
 
@@ -72,7 +60,7 @@ SMALL = {
 def test_rows_and_starts_of_stage_1(monkeypatch, tmp_path, collect):
     """What main records, and that the states that imagination starts from keep their ends"""
     batches, starts = [], []
-    loss, update = draw_pretrain.world_model_loss, draw_pretrain.ActorCritic.update
+    loss, update = draw_pretrain.world_model_loss, draw_pretrain.actor_critic_losses
 
     def numbered_loss(draw, data, args, soft):
         out, metrics, (embed, z, sigma) = loss(draw, data, args, soft)
@@ -81,12 +69,12 @@ def test_rows_and_starts_of_stage_1(monkeypatch, tmp_path, collect):
         batches.append((z, data["is_terminal"]))
         return out, metrics, (embed, z, sigma)
 
-    def recorded_update(self, draw, z, sigma, weight, reward_fn, check):
-        starts.append((z, sigma[:, 0, 0].long(), weight))
-        return update(self, draw, z, sigma, weight, reward_fn, check)
+    def recorded_update(args, draw, dynamics, policy, z, sigma, alive, reward_of):
+        starts.append((z, sigma[:, 0, 0].long(), alive))
+        return update(args, draw, dynamics, policy, z, sigma, alive, reward_of)
 
     monkeypatch.setattr(draw_pretrain, "world_model_loss", numbered_loss)
-    monkeypatch.setattr(draw_pretrain.ActorCritic, "update", recorded_update)
+    monkeypatch.setattr(draw_pretrain, "actor_critic_losses", recorded_update)
     draw_pretrain.main(
         draw_pretrain.Args(
             env_id=SOURCE,
@@ -99,7 +87,7 @@ def test_rows_and_starts_of_stage_1(monkeypatch, tmp_path, collect):
             **SMALL,
         )
     )
-    check_rows(load_dataset(tmp_path / "replay"), SOURCE)
+    check_rows(read_replay(tmp_path / "replay"), SOURCE)
     assert len(starts) == 2 * len(batches) == 20  # of the task and of the exploration
     for i, (z, number, weight) in enumerate(starts):
         batch_z, terminal = batches[i // 2]
@@ -160,29 +148,34 @@ def test_rows_of_stage_2(policy):
     check_rows(rows, TARGET)
 
 
-def test_residual_sees_the_step_before():
+@pytest.mark.parametrize("inputs", ["za", "za+sigma", "za+base"])
+def test_residual_sees_the_step_before(inputs):
     """At t the residual sees z_{t-1} and a_{t-1}; at the first step of a sequence or an episode
-    neither, but the initial state and no action."""
+    neither, but the initial state and no action. Then sigma_{t-1}, or softmax(f_t)."""
     draw = DRAW(TINY)
     nn.init.normal_(draw.initial_logits)
-    rectified, seen = Rectified(draw, "residual", hidden=8), []
+    rectified, seen = Rectified(draw, "residual", hidden=8, inputs=inputs), []
     rectified.delta[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     z, _, action = random_states(2, 6)
-    first = torch.zeros(2, 6, dtype=torch.bool)
-    first[0, 3] = first[1, 1] = True
-    adaptation_loss(
-        draw, rectified, torch.randn(2, 6, TINY.S, TINY.K).log_softmax(-1), z, action, first
-    )
-    assert len(seen) == 6
-    fresh = torch.cat([draw.initial(1)[0].flatten(), torch.zeros(1)])
+    first = borders(2, 6, (0, 3), (1, 1))
+    log_q = torch.randn(2, 6, TINY.S, TINY.K).log_softmax(-1)
+    residual_loss(draw, rectified, log_q, z, action, first)
+    assert len(seen) == (1 if inputs == "za" else 6 + 1)  # one batched call, after the recurrence
+    seen = seen[-1]
+    z0, sigma0 = draw.initial()
+    u = draw.observe(z, action, first, rectified)
     for b in range(2):
         for t in range(6):
-            before = (
-                fresh
-                if t == 0 or first[b, t]
-                else torch.cat([z[b, t - 1].flatten(), action[b, t - 1]])
-            )
-            assert torch.allclose(seen[t][b], before, atol=1e-6)
+            fresh = t == 0 or first[b, t]
+            z_prev = z0 if fresh else z[b, t - 1]
+            a_prev = torch.zeros(1) if fresh else action[b, t - 1]
+            sigma = sigma0 if fresh else u[b, t - 1].softmax(-1)
+            parts = [z_prev.flatten(), a_prev]
+            if inputs == "za+sigma":
+                parts.append(sigma.flatten())
+            if inputs == "za+base":
+                parts.append(draw.dynamics(z_prev, sigma, a_prev).softmax(-1).flatten())
+            assert torch.allclose(seen[b, t], torch.cat(parts), atol=1e-5)
 
 
 @pytest.fixture
@@ -201,7 +194,7 @@ def numbered(tmp_path):
         save_tiny_draw(tmp_path / "draw.pt", draw),
         str(tmp_path / "data.npz"),
         rows,
-        encode_dataset(draw, rows, "cpu"),
+        encode(draw, rows, "cpu")["log_q"],
     )
 
 
@@ -218,20 +211,26 @@ def test_batches_of_stage_2(monkeypatch, tmp_path, numbered):
     """What main hands to its loss: posterior, sample, action and border of the same rows; no
     held-out episode is trained on"""
     checkpoint, data, rows, posterior = numbered
-    episodes, original = {True: set(), False: set()}, redraw_adapt.adaptation_loss
+    episodes, original = {True: set(), False: set()}, redraw_adapt.residual_loss
+    mean_kl = redraw_adapt.mean_kl
+
+    def looked_at(draw, dynamics, data, rows, length):
+        episodes[False] |= set((rows // 10).tolist())
+        return mean_kl(draw, dynamics, data, rows, length)
 
     def compare(draw, rectified, q, z, action, is_first):
         number = check_sequences(action, is_first, rows)
         assert torch.allclose(q, posterior[number], atol=1e-5)
         assert (z * q.exp()).sum(-1).min() > 0  # a sample, of what is not impossible
-        episodes[torch.is_grad_enabled()] |= set((number // 10).flatten().tolist())
+        episodes[True] |= set((number // 10).flatten().tolist())
         return original(draw, rectified, q, z, action, is_first)
 
-    monkeypatch.setattr(redraw_adapt, "adaptation_loss", compare)
+    monkeypatch.setattr(redraw_adapt, "residual_loss", compare)
+    monkeypatch.setattr(redraw_adapt, "mean_kl", looked_at)
     redraw_adapt.main(
         redraw_adapt.Args(
             checkpoint,
-            data,
+            dataset=data,
             run_dir=str(tmp_path / "run"),
             device="cpu",
             hidden=8,
@@ -242,9 +241,8 @@ def test_batches_of_stage_2(monkeypatch, tmp_path, numbered):
             log_every=60,
         )
     )
-    assert len(episodes[True]) == 6 and episodes[False] == set(
-        range(8)
-    )  # a quarter of the eight episodes is only looked at
+    # A quarter of the eight episodes is only looked at.
+    assert len(episodes[True]) == 6 and episodes[False] == set(range(8))
 
 
 def test_starts_of_stage_3(monkeypatch, tmp_path, numbered):
@@ -267,6 +265,7 @@ def test_starts_of_stage_3(monkeypatch, tmp_path, numbered):
             updates=120,
             batch=8,
             length=5,
+            starts=4,
             horizon=2,
         )
     )

@@ -1,28 +1,18 @@
 """What learns from what, and what does not."""
 
 import copy
-import dataclasses
 
-import numpy as np
 import pytest
 import torch
-from helpers import TINY, random_rows, random_states, save_tiny_draw
+from helpers import TINY, random_rows, random_states, save_tiny_adapted, save_tiny_draw, tensors
 from torch import nn
 
 import draw_pretrain
 import redraw_adapt
 import train_policy
-from common import (
-    DRAW,
-    Actor,
-    Critic,
-    load_checkpoint,
-    sample_onehot,
-    save_checkpoint,
-    save_dataset,
-)
-from draw_pretrain import ActorCritic, Ensemble, world_model_loss
-from redraw_adapt import Rectified, adaptation_loss
+from common import DRAW, ActorCritic, Rectified, load_checkpoint, sample_onehot, save_dataset
+from draw_pretrain import Ensemble, world_model_loss
+from redraw_adapt import finetune_loss, residual_loss
 
 
 def changed(before, after):
@@ -33,14 +23,14 @@ def changed(before, after):
 
 @pytest.mark.parametrize("method", ["residual", "replace", "finetune", "none"])
 def test_stage_2_changes_its_own_parameters_alone(monkeypatch, tmp_path, method):
-    made = []
+    start = []
+    resume = redraw_adapt.Run.resume
 
-    def make(*args, **kwargs):
-        rectified = Rectified(*args, **kwargs)
-        made.append(copy.deepcopy(rectified.state_dict()))
-        return rectified
+    def remember(run, modules):
+        start.append(copy.deepcopy(modules["rectified"].state_dict()))
+        return resume(run, modules)
 
-    monkeypatch.setattr(redraw_adapt, "Rectified", make)
+    monkeypatch.setattr(redraw_adapt.Run, "resume", remember)
     save_dataset(tmp_path / "data.npz", random_rows(40))
     source = load_checkpoint(save_tiny_draw(tmp_path / "draw.pt"), ("draw_pretrain",))
     # The residual's output layer starts at zero, so that its other layers have no gradient in the
@@ -48,7 +38,7 @@ def test_stage_2_changes_its_own_parameters_alone(monkeypatch, tmp_path, method)
     redraw_adapt.main(
         redraw_adapt.Args(
             str(tmp_path / "draw.pt"),
-            str(tmp_path / "data.npz"),
+            dataset=str(tmp_path / "data.npz"),
             run_dir=str(tmp_path / "run"),
             device="cpu",
             method=method,
@@ -60,38 +50,64 @@ def test_stage_2_changes_its_own_parameters_alone(monkeypatch, tmp_path, method)
         )
     )
     adapted = load_checkpoint(tmp_path / "run" / "last.pt", ("redraw_adapt",))
-    dynamics = {name for name in source["draw"] if name.startswith("dynamics_net.")}
-    assert changed(source["draw"], adapted["draw"]) == (dynamics if method == "finetune" else set())
+    own = {name for name in source["draw"] if name.startswith(("dynamics_net.", "initial_logits"))}
+    assert len(own) == 12
+    assert changed(source["draw"], adapted["draw"]) == (own if method == "finetune" else set())
     assert bool(adapted["rectified"]) == (method in ("residual", "replace"))
-    assert changed(made[0], adapted["rectified"]) == set(adapted["rectified"])
+    assert changed(start[0], adapted["rectified"]) == set(adapted["rectified"])
     best = load_checkpoint(tmp_path / "run" / "best.pt", ("redraw_adapt",))
-    assert changed(source["draw"], best["draw"]) <= dynamics
+    assert changed(source["draw"], best["draw"]) <= own
+
+
+@pytest.mark.parametrize("method, lr", [("residual", 0.01), ("replace", 0.01), ("finetune", 1e-4)])
+def test_stage_2_has_a_learning_rate_for_each_method(monkeypatch, tmp_path, method, lr):
+    """The first step of Adam is as long as its learning rate, for each weight with a gradient."""
+    save_dataset(tmp_path / "data.npz", random_rows(40))
+    save_tiny_draw(tmp_path / "draw.pt")
+    steps = []
+    step = torch.optim.Adam.step
+
+    def recorded(self):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in parameters]
+        step(self)
+        pairs = zip(parameters, before, strict=True)
+        steps.append(max((p - b).abs().max().item() for p, b in pairs))
+
+    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
+    args = redraw_adapt.Args(
+        str(tmp_path / "draw.pt"),
+        dataset=str(tmp_path / "data.npz"),
+        run_dir=str(tmp_path / "run"),
+        device="cpu",
+        method=method,
+        hidden=8,
+        updates=1,
+        batch=4,
+        length=5,
+    )
+    redraw_adapt.main(args)
+    assert steps == pytest.approx([lr], rel=1e-2)
 
 
 @pytest.mark.parametrize("method", ["residual", "replace", "finetune"])
 def test_stage_2_has_no_gradient_for_the_teacher(method):
     """Even of a world model that is not frozen: the posterior is the teacher, so nothing of it
-    learns."""
+    learns; and of the residual's loss neither f nor the initial state."""
     draw = DRAW(TINY)
     rectified = Rectified(draw, method, hidden=8)
-    rows = random_rows(12)
-    data = {k: torch.from_numpy(v).unflatten(0, (2, 6)) for k, v in rows.items()}
-    q = draw.posterior(draw.encoder(data["image"], data["vector"]))
-    kl, _ = adaptation_loss(
-        draw, rectified, q, sample_onehot(q.exp()).detach(), data["action"], data["is_first"]
-    )
+    data = tensors(random_rows(12), 2, 6)
+    log_q = draw.posterior(draw.encoder(data["image"], data["vector"]))
+    loss = finetune_loss if method == "finetune" else residual_loss
+    z = sample_onehot(log_q.exp()).detach()
+    kl, _ = loss(draw, rectified, log_q, z, data["action"], data["is_first"])
     kl.sum().backward()
-    for part in (
-        draw.encoder,
-        draw.posterior_net,
-        draw.decoder,
-        draw.vector_head,
-        draw.reward_head,
-        draw.continue_head,
-    ):
-        assert all(p.grad is None for p in part.parameters())
-    learns = rectified.delta[0][-1] if method != "finetune" else draw.dynamics_net
-    assert all(p.grad.any() for p in learns.parameters())
+    learns = [draw.dynamics_net[-1]] if method == "finetune" else [rectified.delta[0][-1]]
+    assert all(p.grad.any() for module in learns for p in module.parameters())
+    own = ("dynamics_net.", "initial_logits") if method == "finetune" else ()
+    for name, p in draw.named_parameters():
+        assert p.grad is None or name.startswith(own) and own, name
+    assert method != "finetune" or draw.initial_logits.grad.any()
 
 
 def test_stage_1_kl_without_its_stopped_sides():
@@ -99,9 +115,7 @@ def test_stage_1_kl_without_its_stopped_sides():
     from it comes through z, not through q."""
     draw = DRAW(TINY)
     nn.init.normal_(draw.dynamics_net[-1].weight, std=3.0)  # KLs above the free nat
-    data = {k: torch.from_numpy(v).unflatten(0, (2, 6)) for k, v in random_rows(12).items()} | {
-        "reward": torch.zeros(2, 6)
-    }
+    data = tensors(random_rows(12), 2, 6) | {"reward": torch.zeros(2, 6)}
     args = draw_pretrain.Args(image_scale=0.0, vector_scale=0.0, reward_scale=0.0)
     posteriors, draw.posterior = (
         [],
@@ -145,49 +159,73 @@ def test_straight_through_samples():
 
 
 @pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
-def test_actor_critic_of_stage_1_leaves_the_world_model_alone(actor_grad):
-    draw, ensemble = DRAW(TINY), Ensemble(TINY, 5, 2, 0)  # neither is frozen
-    trained = ActorCritic(
-        TINY,
-        draw_pretrain.Args(horizon=3, actor_lr=1e-2),
-        actor_grad,
-        scale_floor=1.0,
-        device="cpu",
-    )
-    nn.init.normal_(trained.critic.net[-1].weight)
+def test_the_actor_critic_leaves_the_world_model_alone(actor_grad):
+    draw, ensemble = DRAW(TINY).requires_grad_(True), Ensemble(TINY, 5, 2, 0)
+    policy = ActorCritic(TINY)
+    nn.init.normal_(policy.critic.net[-1].weight)
+    adam = draw_pretrain.policy_adam(policy, 1e-2)
     z, sigma, _ = random_states(4)
-    before = {
-        name: copy.deepcopy(module.state_dict())
-        for name, module in (("draw", draw), ("ensemble", ensemble), ("slow", trained.slow_critic))
-    }
-    trained.update(
-        draw,
-        z,
-        sigma,
-        torch.ones(4),
-        lambda z, sigma, a, z_next: draw.reward(z_next) + ensemble.disagreement(sigma, z, a),
+    parts = {"draw": draw, "ensemble": ensemble, "slow": policy.slow_critic}
+    before = {name: copy.deepcopy(module.state_dict()) for name, module in parts.items()}
+
+    def reward_of(z, sigma, action, z_next):
+        return draw.reward(z_next) + ensemble.disagreement(sigma, z, action)
+
+    args = draw_pretrain.Args(horizon=3, actor_grad=actor_grad)
+    loss, _, _ = draw_pretrain.actor_critic_losses(
+        args, draw, Rectified(draw), policy, z, sigma, torch.ones(4), reward_of
     )
-    assert all(
-        p.grad is None
-        for module in (draw, ensemble, trained.slow_critic)
-        for p in module.parameters()
-    )
-    assert not changed(before["draw"], draw.state_dict()) and not changed(
-        before["ensemble"], ensemble.state_dict()
-    )
-    assert (
-        all(p.grad.any() for p in trained.actor.parameters())
-        and trained.critic.net[-1].weight.grad.any()
-    )
+    draw_pretrain.gradient_step(adam, loss, 100.0)
+    policy.update_slow_critic()
+    for module in (draw, ensemble):
+        assert actor_grad == "dynamics" or all(p.grad is None for p in module.parameters())
+    assert all(p.grad is None for p in policy.slow_critic.parameters())
+    assert not changed(before["draw"], draw.state_dict())
+    assert not changed(before["ensemble"], ensemble.state_dict())
+    assert all(p.grad.any() for p in policy.actor.parameters())
+    assert policy.critic.net[-1].weight.grad.any()
     # The slow critic moves by 2 % of the gap to the critic of after the update.
-    for name, slow in trained.slow_critic.state_dict().items():
-        assert torch.allclose(
-            slow,
-            before["slow"][name]
-            + 0.02 * (trained.critic.state_dict()[name] - before["slow"][name]),
-            atol=1e-6,
+    critic = policy.critic.state_dict()
+    for name, slow in policy.slow_critic.state_dict().items():
+        old = before["slow"][name]
+        assert torch.allclose(slow, old + 0.02 * (critic[name] - old), atol=1e-6)
+    assert "net.6.weight" in changed(before["slow"], policy.slow_critic.state_dict())
+
+
+@pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
+def test_what_stage_1_learns_from_policies_is_thrown_away(monkeypatch, tmp_path, actor_grad):
+    """With gradients through the dynamics the world model gets some too; its own step begins from
+    none, so its weights are the same with other policies."""
+    weights = []
+    for actor_lr in (1e-6, 1e-2):
+        args = draw_pretrain.Args(
+            env_id="toy_env:Toy-v0",
+            run_dir=str(tmp_path / str(actor_lr)),
+            device="cpu",
+            steps=80,
+            prefill=60,
+            train_every=5,
+            collect="random",
+            batch=2,
+            length=4,
+            starts=4,
+            horizon=2,
+            n_envs=2,
+            S=3,
+            K=4,
+            cnn_depth=2,
+            vector_units=8,
+            vector_layers=1,
+            units=16,
+            actor_units=16,
+            ensemble=2,
+            actor_grad=actor_grad,
+            actor_lr=actor_lr,
         )
-    assert "net.6.weight" in changed(before["slow"], trained.slow_critic.state_dict())
+        draw_pretrain.main(args)
+        weights.append(load_checkpoint(tmp_path / str(actor_lr) / "draw.pt", ("draw_pretrain",)))
+    assert not changed(weights[0]["draw"], weights[1]["draw"])
+    assert changed(weights[0]["task_actor"], weights[1]["task_actor"])
 
 
 @pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
@@ -197,36 +235,19 @@ def test_stage_3_leaves_the_world_model_alone(monkeypatch, tmp_path, actor_grad)
     for p in rectified.parameters():
         nn.init.normal_(p, std=0.3)
     save_dataset(tmp_path / "data.npz", random_rows(8))
-    save_checkpoint(
-        tmp_path / "adapted.pt",
-        stage="redraw_adapt",
-        args={},
-        sizes=dataclasses.asdict(TINY),
-        draw=draw.state_dict(),
-        rectified=rectified.state_dict(),
-        rectified_options=rectified.options,
-    )
-    before = copy.deepcopy((draw.state_dict(), rectified.state_dict()))
-    made, slow_before = [], []
+    save_tiny_adapted(tmp_path / "adapted.pt", draw, rectified)
+    worlds, policies = [], []
 
-    def maker(cls):
-        def make(sizes):
-            made.append(cls(sizes))
-            return made[-1]
+    def remember(load, found):
+        def loaded(*args):
+            found.append(load(*args))
+            return found[-1]
 
-        return make
+        return loaded
 
-    lerp = torch.Tensor.lerp_
-    monkeypatch.setattr(
-        torch.Tensor,
-        "lerp_",
-        lambda slow, *args: slow_before.append((slow, slow.clone())) or lerp(slow, *args),
-    )
-    monkeypatch.setattr(train_policy, "Actor", maker(Actor))
-    monkeypatch.setattr(train_policy, "Critic", maker(Critic))
-    # Neither is frozen, so that a gradient that went astray would show.
-    monkeypatch.setattr(train_policy, "load_draw", lambda checkpoint, device: draw)
-    monkeypatch.setattr(train_policy, "load_rectified", lambda checkpoint, draw, device: rectified)
+    for name in ("load_draw", "load_rectified"):
+        monkeypatch.setattr(train_policy, name, remember(getattr(train_policy, name), worlds))
+    monkeypatch.setattr(train_policy, "start_of", remember(train_policy.start_of, policies))
     train_policy.main(
         train_policy.Args(
             str(tmp_path / "adapted.pt"),
@@ -236,21 +257,16 @@ def test_stage_3_leaves_the_world_model_alone(monkeypatch, tmp_path, actor_grad)
             updates=2,
             batch=2,
             length=4,
+            starts=8,
             horizon=3,
             lr=1e-2,
             actor_grad=actor_grad,
         )
     )
-    actor, critic, slow_critic = made
-    assert all(
-        p.grad is None for module in (draw, rectified, slow_critic) for p in module.parameters()
-    )
-    assert not changed(before[0], draw.state_dict()) and not changed(
-        before[1], rectified.state_dict()
-    )
-    assert all(p.grad.any() for p in actor.parameters()) and critic.net[-1].weight.grad.any()
-    n = len(list(slow_critic.parameters()))
-    assert len(slow_before) == 2 * n  # once an update
-    for (slow, old), fast in zip(slow_before[n:], critic.parameters(), strict=True):
-        assert torch.allclose(slow, old + 0.02 * (fast - old), atol=1e-6)
-    assert np.any([not torch.equal(slow, old) for slow, old in slow_before[n:]])
+    for module, original in zip(worlds, (draw, rectified), strict=True):
+        assert not changed(original.state_dict(), module.state_dict())
+        assert all(p.grad is None and not p.requires_grad for p in module.parameters())
+    (policy,) = policies
+    assert all(p.grad.any() for p in policy.actor.parameters())
+    assert policy.critic.net[-1].weight.grad.any()
+    assert changed(policy.critic.state_dict(), policy.slow_critic.state_dict())

@@ -1,7 +1,7 @@
 """The losses against numbers worked out by hand. Stubs stand for the networks wherever only the
 arithmetic counts."""
 
-import csv
+import copy
 import dataclasses
 import math
 from types import SimpleNamespace
@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, random_rows, random_states, save_tiny_draw
+from helpers import TINY, borders, random_rows, random_states, read_metrics, save_tiny_draw
 from torch import nn
 
+import common
 import draw_pretrain
 import train_policy
 from common import (
     BINS,
     DRAW,
+    ActorCritic,
     Critic,
+    Rectified,
     Sizes,
     kl_categorical,
     load_policy,
@@ -30,8 +33,8 @@ from common import (
     twohot_mean,
     unimix,
 )
-from draw_pretrain import ActorCritic, Ensemble, world_model_loss
-from redraw_adapt import Rectified, adaptation_loss
+from draw_pretrain import Ensemble, world_model_loss
+from redraw_adapt import residual_loss
 
 STEP = 40 / (BINS - 1)  # between two bins; bin 127 lies at 0
 
@@ -234,7 +237,7 @@ def test_ensemble_loss():
         (3 * 2**2 + 3 * 1**2) / 2 / 2
     )  # of two members, two steps
     assert ensemble.disagreement(sigma, z, action).flatten().tolist() == pytest.approx(
-        [0.5**0.5] * 3
+        [0.5] * 3
     )  # deviation of 0 and 1
 
 
@@ -248,17 +251,36 @@ def place(z):
     return (z.squeeze(-2) * torch.arange(8)).sum(-1)
 
 
-def chain_actor_critic(monkeypatch, actor_grad="reinforce", **changes):
-    monkeypatch.setattr(
-        draw_pretrain, "sample_onehot", lambda probs: F.one_hot(probs.argmax(-1), 8).float()
-    )
-    args = draw_pretrain.Args(**{"horizon": 3, "gamma": 0.8, "lam": 0.5, **changes})
-    draw = SimpleNamespace(
-        dynamics=lambda z, sigma, action: 50 * z.roll(1, -1),
-        cont=lambda z: torch.where(place(z) == 2, 0.5, 1.0),  # half of the episodes end in place 2
-    )
-    z = F.one_hot(torch.zeros(5, 1, dtype=torch.long), 8).float()  # five starts in place 0
-    return ActorCritic(CHAIN, args, actor_grad, scale_floor=1.0, device="cpu"), draw, z
+class Chain:
+    """An ActorCritic, its world and five starts in place 0. Half of the episodes end in place 2."""
+
+    def __init__(self, monkeypatch, **changes):
+        one_hot = lambda probs: F.one_hot(probs.argmax(-1), 8).float()  # noqa: E731
+        monkeypatch.setattr(draw_pretrain, "sample_onehot", one_hot)
+        changes = {"horizon": 3, "gamma": 0.8, "lam": 0.5, "return_floor": 1.0, **changes}
+        self.args = draw_pretrain.Args(**changes)
+        self.policy = ActorCritic(CHAIN)
+        groups = (self.policy.actor, self.policy.critic)
+        groups = [{"params": list(net.parameters())} for net in groups]
+        self.adam = torch.optim.Adam(groups, self.args.actor_lr)
+        self.z = F.one_hot(torch.zeros(5, 1, dtype=torch.long), 8).float()
+        self.cont = lambda z: torch.where(place(z) == 2, 0.5, 1.0)
+
+    def __call__(self, z, sigma, action):
+        return 50 * z.roll(1, -1)
+
+    def prior(self, sigma):
+        return sigma
+
+    def update(self, reward_of, alive=1.0):
+        z = self.z
+        alive = torch.full((len(z),), alive)
+        loss, metrics, self.policy.range = draw_pretrain.actor_critic_losses(
+            self.args, self, self, self.policy, z, z, alive, reward_of
+        )
+        draw_pretrain.gradient_step(self.adam, loss, 100.0)
+        self.policy.update_slow_critic()
+        return metrics
 
 
 def reward_of_the_place(z, sigma, action, z_next):
@@ -294,89 +316,83 @@ MEAN_BOOTSTRAPPED_RETURN = (R0 + R1 + R2) / 3
 
 @pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
 def test_lambda_returns_weights_and_scale(monkeypatch, actor_grad):
-    trained, draw, z = chain_actor_critic(monkeypatch, actor_grad)
+    chain = Chain(monkeypatch, actor_grad=actor_grad)
     spread = np.subtract(*np.percentile(RETURNS * 5, [95, 5]))
-    metrics = trained.update(draw, z, z, torch.ones(5), reward_of_the_place)
+    metrics = chain.update(reward_of_the_place)
     assert metrics["reward"].item() == pytest.approx(2.0)
     assert metrics["return"].item() == pytest.approx(np.mean(RETURNS), rel=1e-4)
     # A uniform critic pays log 255 for the return and for its slow copy.
     assert metrics["critic_loss"].item() == pytest.approx(MEAN_WEIGHT * 2 * math.log(255), rel=1e-4)
-    assert metrics["scale"].item() == pytest.approx(
-        0.01 * spread, rel=1e-3
-    )  # the average starts at 0
+    # The average starts at 0.
+    assert chain.policy.range.item() == pytest.approx(0.01 * spread, rel=1e-3)
+    assert metrics["scale"] == 1.0
+
+
+def test_lambda_returns_by_hand():
+    reward, discount = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[0.8], [0.4], [0.8]])
+    value = torch.tensor([[9.0], [V1], [V2], [V3]])
+    returns = draw_pretrain.lambda_returns(reward, discount, value, 0.5)
+    assert returns.flatten().tolist() == pytest.approx([R0, R1, R2])
 
 
 def test_returns_bootstrap_from_the_critic(monkeypatch):
-    monkeypatch.setattr(draw_pretrain, "Critic", critic_of_places)
-    trained, draw, z = chain_actor_critic(monkeypatch)
-    metrics = trained.update(draw, z, z, torch.ones(5), reward_of_the_place)
+    chain = Chain(monkeypatch)
+    chain.policy.critic = critic_of_places(CHAIN)
+    chain.policy.slow_critic = critic_of_places(CHAIN)
+    metrics = chain.update(reward_of_the_place)
     assert metrics["return"].item() == pytest.approx(MEAN_BOOTSTRAPPED_RETURN, rel=1e-4)
 
 
 def test_return_scale_is_a_moving_average_with_a_floor(monkeypatch):
-    trained, draw, z = chain_actor_critic(
-        monkeypatch, horizon=2, gamma=0.0
-    )  # returns are the rewards
+    chain = Chain(monkeypatch, horizon=2, gamma=0.0)  # returns are the rewards
     rewards = torch.stack([torch.zeros(5), torch.full((5,), 1000.0)])
     for expected in (10.0, 0.99 * 10 + 10):
-        assert trained.update(draw, z, z, torch.ones(5), lambda *_: rewards)[
-            "scale"
-        ].item() == pytest.approx(expected, rel=1e-3)
+        assert chain.update(lambda *_: rewards)["scale"].item() == pytest.approx(expected, rel=1e-3)
 
 
 def actor_step(monkeypatch, floor, size):
     """Gradient of the actor in its first update, for rewards of +-size"""
     torch.manual_seed(0)
-    trained, draw, z = chain_actor_critic(monkeypatch, entropy=0.0)
-    trained.scale_floor = floor
-    trained.update(
-        draw, z, z, torch.ones(5), lambda z, sigma, action, z_next: size * action.sign().squeeze(-1)
-    )
-    return torch.cat([p.grad.flatten() for p in trained.actor.parameters()])
+    chain = Chain(monkeypatch, entropy=0.0, return_floor=floor)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda parameters, norm: torch.zeros(()))
+    chain.update(lambda z, sigma, action, z_next: size * action.sign().squeeze(-1))
+    return torch.cat([p.grad.flatten() for p in chain.policy.actor.parameters()])
 
 
 def test_advantages_are_divided_by_the_scale(monkeypatch):
     small = actor_step(monkeypatch, 1.0, 0.1)  # their range is below the floor
     assert torch.allclose(actor_step(monkeypatch, 0.5, 0.1), 2 * small, rtol=1e-4)
     assert torch.allclose(actor_step(monkeypatch, 1.0, 0.2), 2 * small, rtol=1e-4)
-    large = actor_step(
-        monkeypatch, 1e-3, 1000.0
-    )  # their range is far above the floor: the size of rewards is of no account
+    # Their range is far above the floor: the size of rewards is of no account.
+    large = actor_step(monkeypatch, 1e-3, 1000.0)
     assert torch.allclose(actor_step(monkeypatch, 1e-3, 2000.0), large, rtol=1e-3)
 
 
 def test_nothing_is_learned_after_the_end_of_an_episode(monkeypatch):
-    trained, draw, z = chain_actor_critic(monkeypatch)
-    before = [p.clone() for p in (*trained.actor.parameters(), *trained.critic.parameters())]
-    assert trained.update(draw, z, z, torch.zeros(5), reward_of_the_place)["critic_loss"] == 0
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(
-            before, (*trained.actor.parameters(), *trained.critic.parameters()), strict=True
-        )
-    )
+    chain = Chain(monkeypatch)
+    before = copy.deepcopy(chain.policy.state_dict())
+    assert chain.update(reward_of_the_place, alive=0.0)["critic_loss"] == 0
+    after = chain.policy.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if name != "range")
 
 
 @pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
 def test_actor_and_critic_learn_the_way_they_should(monkeypatch, actor_grad):
-    trained, draw, z = chain_actor_critic(monkeypatch, actor_grad, actor_lr=1e-2, gamma=0.0)
-    z = z.repeat(20, 1, 1)
-    mean = trained.actor(z).mean.mean().item()
+    chain = Chain(monkeypatch, actor_grad=actor_grad, actor_lr=1e-2, gamma=0.0)
+    chain.z = chain.z.repeat(20, 1, 1)
+    mean = chain.policy.actor(chain.z).mean.mean().item()
     for _ in range(40):
-        trained.update(
-            draw, z, z, torch.ones(100), lambda z, sigma, action, z_next: 3.0 + action.squeeze(-1)
-        )
-    assert trained.actor(z).mean.mean() > mean + 0.3  # it pays to push
-    assert (
-        twohot_mean(trained.critic(z)).mean() > 1.0
-    )  # and the returns, of about 3, are on their way into the critic
+        chain.update(lambda z, sigma, action, z_next: 3.0 + action.squeeze(-1))
+    assert chain.policy.actor(chain.z).mean.mean() > mean + 0.3  # it pays to push
+    # The returns, of about 3, are on their way into the critic.
+    assert twohot_mean(chain.policy.critic(chain.z)).mean() > 1.0
 
 
 def test_slow_critic_follows(monkeypatch):
-    trained, draw, z = chain_actor_critic(monkeypatch, actor_lr=0.1)
-    before = trained.slow_critic.net[-1].bias.clone()
-    trained.update(draw, z, z, torch.ones(5), reward_of_the_place)
-    now, fast = trained.slow_critic.net[-1].bias, trained.critic.net[-1].bias
+    chain = Chain(monkeypatch, actor_lr=0.1)
+    before = chain.policy.slow_critic.net[-1].bias.clone()
+    chain.update(reward_of_the_place)
+    now, fast = chain.policy.slow_critic.net[-1].bias, chain.policy.critic.net[-1].bias
     assert not torch.equal(fast, before)
     assert torch.allclose(now, 0.98 * before + 0.02 * fast, atol=1e-6)
 
@@ -384,53 +400,36 @@ def test_slow_critic_follows(monkeypatch):
 # ---- stage 2
 
 
-def adaptation_case(method):
+@pytest.mark.parametrize("inputs", ["za", "za+sigma", "za+base"])
+def test_residual_loss_is_the_kl_along_the_recurrence(inputs):
+    """The recurrence once more, a row at a time: f and delta start anew at a first step, and f gets
+    the rectified belief."""
     draw = DRAW(TINY).requires_grad_(False)
-    rectified = Rectified(draw, method)
+    rectified = Rectified(draw, "residual", inputs=inputs)
     for p in rectified.parameters():
         nn.init.normal_(p, std=0.3)
-    first = torch.zeros(2, 6, dtype=torch.bool)
-    first[0, 3] = True
     z, _, action = random_states(2, 6)
-    return draw, rectified, z, action, first
-
-
-@pytest.mark.parametrize("method", ["residual", "replace", "finetune", "none"])
-def test_adaptation_loss(method):
-    draw, rectified, z, action, first = adaptation_case(method)
-    # The recurrence once more, a row at a time: both f and delta start anew at a first step, and f
-    # gets the rectified belief.
+    first = borders(2, 6, (0, 3))
     u = torch.zeros(2, 6, TINY.S, TINY.K)
     for b in range(2):
         for t in range(6):
+            sigma = u[b, t - 1][None].softmax(-1)
+            previous = (z[b, t - 1][None], sigma, action[b, t - 1][None])
             if t == 0 or first[b, t]:
-                previous = (*draw.initial(1), torch.zeros(1, 1))
-            else:
-                previous = (
-                    z[b, t - 1][None],
-                    u[b, t - 1][None].softmax(-1),
-                    action[b, t - 1][None],
-                )
-            u[b, t] = draw.dynamics(*previous) if method != "replace" else 0.0
-            if method in ("residual", "replace"):
-                u[b, t] += rectified.delta[0](
-                    torch.cat([previous[0].flatten(1), previous[2]], -1)
-                ).view(TINY.S, TINY.K)
-    # The rectified distribution has no unimix; that of the source keeps it.
-    q = (u.log_softmax(-1) if method in ("residual", "replace") else unimix(u)).detach()
-    kl, mask = adaptation_loss(draw, rectified, q, z, action, first)
+                previous = (*(x[None] for x in draw.initial()), torch.zeros(1, 1))
+            u[b, t] = rectified(*previous)[0]
+    log_q = u.log_softmax(-1).detach()
+    kl, mask = residual_loss(draw, rectified, log_q, z, action, first)
     assert kl.abs().max() < 1e-5
-    assert mask.tolist() == [
-        [False, True, True, False, True, True],
-        [False, True, True, True, True, True],
-    ]
+    no, yes = False, True
+    assert mask.tolist() == [[no, yes, yes, no, yes, yes], [no, yes, yes, yes, yes, yes]]
 
     other = torch.randn(2, 6, TINY.S, TINY.K).log_softmax(-1).requires_grad_()
-    kl, _ = adaptation_loss(draw, rectified, other, z, action, first)
-    assert torch.allclose(kl, kl_categorical(other, q) * mask, atol=1e-5)  # no free bits
+    kl, _ = residual_loss(draw, rectified, other, z, action, first)
+    assert torch.allclose(kl, kl_categorical(other, log_q) * mask, atol=1e-5)  # no free bits
     assert (kl[mask] > 0).all() and not kl[~mask].any()
-    if method in ("residual", "replace"):  # the posterior is the teacher
-        assert torch.autograd.grad(kl.sum(), other, allow_unused=True) == (None,)
+    # The posterior is the teacher.
+    assert torch.autograd.grad(kl.sum(), other, allow_unused=True) == (None,)
 
 
 # ---- stage 3, whose algorithm stands in its main(): run it on a world model of which everything is
@@ -454,6 +453,7 @@ def run_policy(monkeypatch, tmp_path, draw, rows, **changes):
         "lam": 0.5,
         **changes,
     }
+    args = {"starts": args["batch"] * args["length"], **args}
     train_policy.main(
         train_policy.Args(
             str(tmp_path / "draw.pt"),
@@ -463,9 +463,7 @@ def run_policy(monkeypatch, tmp_path, draw, rows, **changes):
             **args,
         )
     )
-    metrics = {}
-    for row in csv.DictReader(open(tmp_path / "run" / "metrics.csv")):
-        metrics.setdefault(row["metric"], []).append(float(row["value"]))
+    metrics = read_metrics(tmp_path / "run")
     return metrics, load_policy(tmp_path / "run" / "policy.pt")
 
 
@@ -490,7 +488,7 @@ def chain_metrics(monkeypatch, tmp_path, actor_grad):
 @pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
 def test_stage_3_returns_and_weights(monkeypatch, tmp_path, actor_grad):
     metrics = chain_metrics(monkeypatch, tmp_path, actor_grad)
-    assert metrics["policy/imagined_return"] == pytest.approx([np.mean(RETURNS)], rel=1e-3)
+    assert metrics["policy/return"] == pytest.approx([np.mean(RETURNS)], rel=1e-3)
     assert metrics["policy/critic_loss"] == pytest.approx(
         [7 / 8 * MEAN_WEIGHT * 2 * math.log(255)], rel=1e-3
     )
@@ -499,10 +497,10 @@ def test_stage_3_returns_and_weights(monkeypatch, tmp_path, actor_grad):
 
 @pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
 def test_stage_3_bootstraps_from_the_critic(monkeypatch, tmp_path, actor_grad):
-    monkeypatch.setattr(train_policy, "Critic", critic_of_places)
-    assert chain_metrics(monkeypatch, tmp_path, actor_grad)[
-        "policy/imagined_return"
-    ] == pytest.approx([MEAN_BOOTSTRAPPED_RETURN], rel=1e-3)
+    monkeypatch.setattr(common, "Critic", critic_of_places)
+    assert chain_metrics(monkeypatch, tmp_path, actor_grad)["policy/return"] == pytest.approx(
+        [MEAN_BOOTSTRAPPED_RETURN], rel=1e-3
+    )
 
 
 def test_stage_3_starts_where_reward_is_predicted(monkeypatch, tmp_path):
@@ -525,7 +523,7 @@ def test_stage_3_starts_where_reward_is_predicted(monkeypatch, tmp_path):
         metrics, _ = run_policy(
             monkeypatch, tmp_path / str(rewarded), draw, rows, rewarded=rewarded, batch=64, length=1
         )
-        assert low <= metrics["policy/imagined_reward"][0] <= high
+        assert low <= metrics["policy/reward"][0] <= high
 
 
 @pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])

@@ -5,7 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, Booby, random_rows, random_states, save_tiny_draw, user_error
+from helpers import (
+    TINY,
+    Booby,
+    image_shape,
+    random_rows,
+    random_states,
+    save_tiny_adapted,
+    save_tiny_draw,
+    user_error,
+)
 from torch import nn
 
 from common import (
@@ -16,93 +25,123 @@ from common import (
     Decoder,
     Encoder,
     Policy,
+    Rectified,
+    Sizes,
     init_weights,
     load_checkpoint,
     load_draw,
     load_policy,
+    load_rectified,
     sample_onehot,
     save_checkpoint,
     unimix,
 )
 from draw_pretrain import Ensemble
-from redraw_adapt import Rectified, load_rectified
 
 METHODS = ("residual", "replace", "finetune", "none")
 
 
 def images(*batch, sizes=TINY):
-    return torch.randint(0, 256, (*batch, sizes.image_size, sizes.image_size, 3), dtype=torch.uint8)
+    return torch.randint(0, 256, image_shape(*batch, sizes=sizes), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("image_size", [16, 32, 64])
-def test_shapes(image_size):
-    sizes = dataclasses.replace(TINY, image_size=image_size, vector_size=5, action_size=2)
+@pytest.mark.parametrize(
+    "image_size, channels, V", [(16, 3, 5), (32, 1, 1), (64, 9, 2), (16, 4, 0), (32, 1, 0)]
+)
+def test_shapes(image_size, channels, V):
+    sizes = {"image_size": image_size, "channels": channels, "vector_size": V, "action_size": 2}
+    sizes = dataclasses.replace(TINY, **sizes)
     S, K, B, T = sizes.S, sizes.K, 2, 3
     draw = DRAW(sizes)
-    image, vector, first = (
-        images(B, T, sizes=sizes),
-        torch.randn(B, T, 5),
-        torch.zeros(B, T, dtype=torch.bool),
-    )
+    image, vector = images(B, T, sizes=sizes), torch.randn(B, T, V)
+    first = torch.zeros(B, T, dtype=torch.bool)
     embed = draw.encoder(image, vector)
     assert embed.shape == (B, T, draw.encoder.embed_size)
     # The image is halved down to 4x4, and the channels doubled each time but the first.
-    assert draw.encoder.embed_size == 16 * sizes.cnn_depth * image_size // 8 + sizes.vector_units
+    pictures = 16 * sizes.cnn_depth * image_size // 8
+    assert draw.encoder.embed_size == pictures + (sizes.vector_units if V else 0)
     q = draw.posterior(embed)
     z = sample_onehot(q.exp())
+    flat = z.flatten(-2)
     _, _, action = random_states(B, T, sizes=sizes)
     u = draw.observe(z, action, first)
-    assert (
-        q.shape
-        == z.shape
-        == u.shape
-        == draw.dynamics(z, u.softmax(-1), action).shape
-        == (B, T, S, K)
-    )
-    assert draw.decoder(z.flatten(-2)).shape == image.shape
-    assert draw.vector_head(z.flatten(-2)).shape == vector.shape
-    assert draw.reward_head(z.flatten(-2)).shape == (B, T, BINS) and draw.reward(
-        z
-    ).shape == draw.cont(z).shape == (B, T)
-    assert all(x.shape == (B, S, K) for x in draw.initial(B))
+    assert q.shape == z.shape == u.shape == (B, T, S, K)
+    assert draw.dynamics(z, u.softmax(-1), action).shape == (B, T, S, K)
+    assert draw.decoder(flat).shape == image.shape
+    assert draw.vector_head is None if not V else draw.vector_head(flat).shape == vector.shape
+    assert draw.reward_head(flat).shape == (B, T, BINS)
+    assert draw.reward(z).shape == draw.cont(z).shape == (B, T)
+    assert all(x.shape == (S, K) for x in draw.initial())
     assert Critic(sizes)(z).shape == (B, T, BINS)
     assert Actor(sizes)(z).sample().shape == action.shape
     ensemble = Ensemble(sizes, draw.encoder.embed_size, members=4, target=7)
-    assert ensemble(u, z, action).shape == (4, B, T, 7) and ensemble.disagreement(
-        u, z, action
-    ).shape == (B, T)
+    assert ensemble(u, z, action).shape == (4, B, T, 7)
+    assert ensemble.disagreement(u, z, action).shape == (B, T)
     assert Ensemble(sizes, 30, members=2, target=0)(u, z, action).shape == (2, B, T, 30)
     actions = Policy(sizes, draw, Actor(sizes))(image[:, 0].numpy(), vector[:, 0].numpy())
     assert actions.shape == (B, 2) and actions.dtype == np.float32 and np.abs(actions).max() <= 1
+    zs = draw.open_loop(Rectified(draw), z[:, 0], action)
+    assert zs.shape == (B, T + 1, S, K)
+
+
+@pytest.mark.parametrize("channels", [1, 9])
+def test_every_channel_is_seen_and_drawn(channels):
+    sizes = dataclasses.replace(TINY, channels=channels)
+    encoder, decoder = Encoder(sizes), Decoder(sizes)
+    image, vector = images(4, sizes=sizes), torch.zeros(4, 2)
+    embed = encoder(image, vector)
+    for c in range(channels):
+        other = image.clone()
+        other[..., c] = 255 - other[..., c]
+        assert not torch.allclose(encoder(other, vector), embed, atol=1e-3)
+    drawn = decoder(random_states(50)[0].flatten(-2))
+    assert (drawn.std(0) > 1e-3).all((0, 1)).tolist() == [True] * channels
+
+
+@pytest.mark.parametrize(
+    "size, value",
+    [("image_size", 24), ("image_size", 8), ("S", 0), ("channels", 0), ("vector_size", -1)]
+    + [("K", 2.0), ("units", 65537), ("units", True), ("S", "3")],
+)
+def test_sizes_that_can_not_be(size, value):
+    with pytest.raises(ValueError, match=size):
+        Sizes(**{size: value})
+
+
+OPTIONS = [{}, {"hidden": 8, "layers": 2}, {"inputs": "za+sigma"}, {"inputs": "za+base"}]
+OPTIONS += [{"members": 3}]
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "options", [{}, {"hidden": 8, "layers": 2}, {"use_sigma": True}, {"members": 3}]
-)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_rectified_shapes(method, options):
     rectified = Rectified(DRAW(TINY), method, **options)
-    u = rectified(*random_states(2, 3))
-    assert u.shape == rectified.log_prior(u).shape == (2, 3, TINY.S, TINY.K)
+    z, sigma, action = random_states(2, 3)
+    u = rectified(z, sigma, action)
+    shape = (2, 3, TINY.S, TINY.K)
+    assert u.shape == rectified.log_prior(u).shape == shape
     trained = sum(p.numel() for p in rectified.parameters())
-    assert (trained > 0) == (
-        method in ("residual", "replace")
-    )  # the world model's weights are none of its own
-    if trained and not options:
-        Z, A = TINY.S * TINY.K, TINY.action_size
-        assert (
-            trained == (Z + A) * 256 + 2 * 256 + 256 * Z + Z
-        )  # no sigma: linear, norm, linear with bias
+    # The world model's weights are none of its own.
+    assert (trained > 0) == (method in ("residual", "replace"))
+    if not trained:
+        return
+    base = rectified.base(z, sigma, action)
+    members = rectified.residuals(z, action, sigma, base)
+    assert members.shape == (options.get("members", 1), *shape)
+    assert torch.allclose(rectified.residual(z, action, sigma, base), members.mean(0))
+    Z, A, hidden = TINY.S * TINY.K, TINY.action_size, options.get("hidden", 256)
+    if options.get("layers", 1) == 1:  # linear, norm, linear with bias
+        n_in = Z + A + (Z if "inputs" in options else 0)
+        n = n_in * hidden + 2 * hidden + hidden * Z + Z
+        assert trained == n * options.get("members", 1)
 
 
-@pytest.mark.parametrize("options", [{}, {"layers": 2}, {"use_sigma": True}, {"members": 3}])
+@pytest.mark.parametrize("options", OPTIONS)
 def test_residual_starts_as_a_no_op_and_replace_does_not(options):
     draw, states = DRAW(TINY), random_states(5)
     u = draw.dynamics(*states)
-    assert torch.equal(Rectified(draw, "residual", **options)(*states), u)
-    assert torch.equal(Rectified(draw, "none")(*states), u) and torch.equal(
-        Rectified(draw, "finetune")(*states), u
-    )
+    for method in ("residual", "none", "finetune"):
+        assert torch.equal(Rectified(draw, method, **options)(*states), u)
     assert not torch.allclose(Rectified(draw, "replace", **options)(*states), u, atol=1e-3)
 
 
@@ -110,32 +149,34 @@ def test_residual_is_added_to_the_logits():
     draw = DRAW(TINY)
     rectified = Rectified(draw, "residual", members=2)
     for i, delta in enumerate(rectified.delta):
-        nn.init.constant_(
-            delta[-1].bias[:1], 1.0 + i
-        )  # members say 1 and 2 for the first logit, 0 for the others
+        # Members say 1 and 2 for the first logit, 0 for the others.
+        nn.init.constant_(delta[-1].bias[:1], 1.0 + i)
     states = random_states(5)
     e = rectified(*states) - draw.dynamics(*states)
     assert torch.allclose(e.flatten(-2)[:, 0], torch.full((5,), 1.5), atol=1e-5)  # their mean
     assert torch.allclose(e.flatten(-2)[:, 1:], torch.zeros(5, TINY.S * TINY.K - 1), atol=1e-5)
 
 
-def test_residual_sees_what_it_should():
-    z, sigma, action = (x.requires_grad_() for x in random_states(5))
-    for use_sigma in (False, True):
-        rectified = Rectified(
-            DRAW(TINY), "replace", use_sigma=use_sigma
-        )  # "replace": its output does not start at zero
-        e = rectified.residual(z, sigma, action)
-        assert torch.equal(e, rectified.residual(z, sigma.roll(1, -1), action)) != use_sigma
-        assert not torch.equal(e, rectified.residual(z.roll(1, -1), sigma, action))
-        assert not torch.equal(e, rectified.residual(z, sigma, -action))
-        # The latent state reaches delta without gradients; the action keeps its own, for an actor
-        # that is trained through the dynamics.
-        assert torch.autograd.grad(e.sum(), (z, sigma), allow_unused=True, retain_graph=True) == (
-            None,
-            None,
-        )
-        assert torch.autograd.grad(e.square().sum(), action)[0].any()
+@pytest.mark.parametrize("inputs, sees", [("za", 0), ("za+sigma", 1), ("za+base", 2)])
+def test_residual_sees_what_it_should(inputs, sees):
+    z, sigma, action = random_states(5)
+    base = torch.randn_like(sigma)
+    # "replace": its output does not start at zero.
+    rectified = Rectified(DRAW(TINY), "replace", inputs=inputs)
+    e = rectified.residual(z, action, sigma, base)
+    assert not torch.equal(e, rectified.residual(z.roll(1, -1), action, sigma, base))
+    assert not torch.equal(e, rectified.residual(z, -action, sigma, base))
+    same = torch.equal(e, rectified.residual(z, action, sigma.roll(1, -1), base))
+    assert same == (sees != 1)
+    assert torch.equal(e, rectified.residual(z, action, sigma, base.roll(1, -1))) == (sees != 2)
+    # Of the base its probabilities are seen: a constant more is no difference.
+    assert torch.allclose(e, rectified.residual(z, action, sigma, base + 3.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs", ["z", "a", "", "za + sigma"])
+def test_inputs_of_no_residual(inputs):
+    with pytest.raises(ValueError, match="no such residual"):
+        Rectified(DRAW(TINY), "residual", inputs=inputs)
 
 
 def test_actions_beyond_the_bounds_act_like_the_bounds():
@@ -213,7 +254,8 @@ def test_observe_restarts_at_a_border():
         u[1, 3:], alone[1][1], atol=1e-3
     )
     # The first step comes from the initial state and a zero action.
-    assert torch.allclose(u[:, 0], draw.dynamics(*draw.initial(2), torch.zeros(2, 1)), atol=1e-6)
+    start = draw.dynamics(*draw.initial(), torch.zeros(1))
+    assert torch.allclose(u[:, 0], start, atol=1e-6)
 
 
 def test_observe_goes_forward_in_time():
@@ -257,7 +299,7 @@ def test_actor_stays_within_its_bounds():
     for bias in (-50.0, 0.0, 50.0):
         nn.init.constant_(actor.net[-1].bias, bias)
         pi = actor(random_states(20)[0])
-        assert pi.mean.abs().max() <= 1 and 0.1 <= pi.stddev.min() and pi.stddev.max() <= 1.0
+        assert pi.mean.abs().max() <= 1 and pi.stddev.min() >= 0.1 and pi.stddev.max() <= 1.0
 
 
 def test_ensemble_disagrees_only_where_its_members_differ():
@@ -306,17 +348,11 @@ def test_policy_survives_its_checkpoint(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_world_model_and_residual_survive_their_checkpoint(tmp_path, method):
     draw = DRAW(TINY)
-    rectified = Rectified(draw, method, hidden=8, layers=2, use_sigma=True, members=2)
+    rectified = Rectified(draw, method, hidden=8, layers=2, inputs="za+sigma", members=2)
     for p in rectified.parameters():
         nn.init.normal_(p)
     save_tiny_draw(tmp_path / "source.pt", draw)
-    source = load_checkpoint(tmp_path / "source.pt", ("draw_pretrain",))
-    adapted = {
-        "stage": "redraw_adapt",
-        "rectified": rectified.state_dict(),
-        "rectified_options": rectified.options,
-    }
-    save_checkpoint(tmp_path / "adapted.pt", **source | adapted)
+    save_tiny_adapted(tmp_path / "adapted.pt", draw, rectified)
     states = random_states(5)
     for name, f in (("source.pt", draw.dynamics), ("adapted.pt", rectified)):
         checkpoint = load_checkpoint(tmp_path / name, ("draw_pretrain", "redraw_adapt"))
@@ -339,7 +375,7 @@ def test_checkpoints_that_can_not_be_used(tmp_path):
     whole = path.read_bytes()
     for damaged in (b"", whole[:100], whole[: len(whole) // 2], whole[:-10], b"text\n" * 100):
         path.write_bytes(damaged)
-        with user_error("draw.pt", "damaged"):
+        with user_error("draw.pt", "not a checkpoint"):
             load_checkpoint(path, ("draw_pretrain",))
     for foreign in ([1, 2], {"weights": torch.zeros(2)}):
         torch.save(foreign, path)
@@ -355,29 +391,34 @@ def test_checkpoint_can_not_run_code(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["residual", "replace"])
-def test_a_policy_gets_the_gradient_through_the_residual_and_its_training_does_not(method):
+def test_a_policy_gets_the_gradient_through_the_residual(method):
     draw = DRAW(TINY).requires_grad_(False)
-    rectified = Rectified(draw, method)
+    rectified = Rectified(draw, method).requires_grad_(False)
     for p in rectified.parameters():
-        torch.nn.init.normal_(p, std=0.3)  # a residual starts at zero
+        nn.init.normal_(p, std=0.3)  # a residual starts at zero
     z, sigma, action = random_states(5)
     z.requires_grad_(True)
+    action.requires_grad_(True)
 
-    def delta(z):
-        return rectified.delta[0](
-            torch.cat([z.flatten(-2), action / action.abs().clamp(min=1.0)], -1)
-        ).unflatten(-1, z.shape[-2:])
+    def delta(z, action):
+        e = rectified.delta[0](torch.cat([z.flatten(-2), action], -1))
+        return e.unflatten(-1, z.shape[-2:])
 
     def gradient(u):
-        return torch.autograd.grad((u * torch.arange(1.0, TINY.K + 1)).sum(), z, allow_unused=True)[
-            0
-        ]
+        return torch.autograd.grad((u * torch.arange(1.0, TINY.K + 1)).sum(), (z, action))
 
-    through_f = gradient(draw.dynamics(z, sigma, action)) if method == "residual" else None
-    stage2 = gradient(rectified(z, sigma, action))
-    rectified.requires_grad_(False)
-    stage3 = gradient(rectified(z, sigma, action))
-    assert torch.allclose(
-        stage3, gradient(delta(z)) + (0 if through_f is None else through_f), atol=1e-6
-    )
-    assert stage2 is None if through_f is None else torch.allclose(stage2, through_f, atol=1e-6)
+    expected = gradient(delta(z, action))
+    if method == "residual":
+        through_f = gradient(draw.dynamics(z, sigma, action))
+        expected = [a + b for a, b in zip(expected, through_f, strict=True)]
+    for found, wanted in zip(gradient(rectified(z, sigma, action)), expected, strict=True):
+        assert torch.allclose(found, wanted, atol=1e-6) and wanted.any()
+
+
+def test_the_initial_z_is_the_mode_without_gradient():
+    draw = DRAW(TINY)
+    nn.init.normal_(draw.initial_logits)
+    z, sigma = draw.initial()
+    assert torch.equal(z, nn.functional.one_hot(draw.initial_logits.argmax(-1), TINY.K).float())
+    assert not z.requires_grad and sigma.requires_grad
+    assert torch.allclose(sigma, draw.initial_logits.softmax(-1))

@@ -1,9 +1,11 @@
 """Small things that several test files build on: a tiny world model, random data, checks of error
 messages."""
 
+import csv
 import dataclasses
 import os
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +119,35 @@ def borders(B, T, *where):
     for b, t in where:
         first[b, t] = True
     return first
+
+
+class FixedReplay:
+    """A replay whose every batch is `data`"""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return 1
+
+    def sample(self, B, T, device, rewarded=0.0):
+        return self.data
+
+
+def read_replay(folder):
+    """All arrays of stage 1's replay, rewards too, an environment after the other, oldest first"""
+    files = sorted(Path(folder).glob("*.npz"))
+    chunks = [dict(np.load(file)) for file in files]
+    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
+
+
+def read_metrics(run_dir):
+    """What a run logged: {metric: its values in order}"""
+    metrics = {}
+    with open(Path(run_dir) / "metrics.csv") as file:
+        for row in csv.DictReader(file):
+            metrics.setdefault(row["metric"], []).append(float(row["value"]))
+    return metrics
 
 
 @contextmanager
