@@ -14,9 +14,9 @@ The algorithms are not here but in the stages.
 import ctypes
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import zipfile
@@ -24,6 +24,7 @@ import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import connection, parent_process
 from pathlib import Path
 
 import gymnasium as gym
@@ -64,7 +65,7 @@ def check_range(args, low, high, *names):
             raise UserError(f"--{flag} must be from {low} to {high}, it is {value}")
 
 
-# ---- Distributions: categorical latents, two-hot scalars ------------------------------------
+# ---- Distributions -------------------------------------------------------------------------------
 
 
 def softmax(logits):
@@ -132,7 +133,7 @@ def twohot_log_prob(logits, x):
     return ((1 - weight_above) * log_p_below + weight_above * log_p_above).squeeze(-1)
 
 
-# ---- Networks: DRAW, the rectified dynamics, actor and critic ---------------------------------
+# ---- Networks ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -140,7 +141,7 @@ class Sizes:
     """All sizes of a world model and its policy, kept in every checkpoint. Defaults: the paper's.
     ValueError: a size is impossible; a stranger's checkpoint may say anything."""
 
-    image_size: int = 64  # pixels of a side, a power of two
+    image_size: int = 64  # L, a power of two
     vector_size: int = 1  # V, 0 if there is no vector
     action_size: int = 1  # A
     channels: int = 3  # C: 1 grey, 3 RGB, more: stacked frames
@@ -155,105 +156,9 @@ class Sizes:
     def __post_init__(self):
         for name, value in vars(self).items():
             least = {"vector_size": 0, "image_size": 16}.get(name, 1)
-            power = name != "image_size" or value & (value - 1) == 0
-            power = name != "image_size" or value & (value - 1) == 0
-            if type(value) is not int or not least <= value <= 65536 or not power:
+            odd = name == "image_size" and value not in (2**i for i in range(17))
+            if type(value) is not int or not least <= value <= 65536 or odd:
                 raise ValueError(f"{name} can't be {value!r}")
-
-
-def init_weights(layer, scale=1.0):
-    """Truncated normal of variance scale / ((fan_in + fan_out) / 2), cut at two deviations."""
-    receptive = layer.weight[0, 0].numel() if layer.weight.dim() == 4 else 1
-    fan_average = (layer.weight.shape[0] + layer.weight.shape[1]) * receptive / 2
-    # The cut makes the deviation smaller by the factor 0.8796.
-    std = (scale / fan_average) ** 0.5 / 0.87962566
-    if scale:
-        nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-    else:
-        nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-class MLP(nn.Sequential):
-    """Layers whose output is float32, also under --bf16: losses want all digits."""
-
-    def forward(self, x):
-        return super().forward(x).float()
-
-
-def mlp(n_in, units, layers, n_out=None, out_scale=1.0):
-    """Layers of Linear (no bias), LayerNorm, SiLU; then, if n_out is given, a Linear to n_out."""
-    modules = []
-    for _ in range(layers):
-        modules.append(init_weights(nn.Linear(n_in, units, bias=False)))
-        modules += [nn.LayerNorm(units, eps=1e-3), nn.SiLU()]
-        n_in = units
-    if n_out:
-        modules.append(init_weights(nn.Linear(n_in, n_out), out_scale))
-    return MLP(*modules)
-
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, H, W), at each pixel by itself."""
-
-    def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class Encoder(nn.Module):
-    """embed = [CNN(image), MLP(symlog(vector))], E = 16 * last channels + vector units."""
-
-    def __init__(self, sizes):
-        super().__init__()
-        layers = []
-        channels = sizes.channels
-        depth = sizes.cnn_depth
-        # Each convolution halves the image, until it is 4 x 4.
-        for _ in range(int(np.log2(sizes.image_size)) - 2):
-            layers.append(init_weights(nn.Conv2d(channels, depth, 4, 2, 1, bias=False)))
-            layers += [ChannelNorm(depth, eps=1e-3), nn.SiLU()]
-            channels = depth
-            depth *= 2
-        self.cnn = nn.Sequential(*layers)
-        self.embed_size = 16 * channels  # E
-        self.vector = None
-        if sizes.vector_size:
-            self.vector = mlp(sizes.vector_size, sizes.vector_units, sizes.vector_layers)
-            self.embed_size += sizes.vector_units
-
-    def forward(self, image, vector):
-        """image uint8 (..., L, L, C), vector (..., V) -> embed (..., E)"""
-        batch = image.shape[:-3]
-        x = image.flatten(0, -4).permute(0, 3, 1, 2).float() / 255.0 - 0.5  # (B, C, L, L)
-        embed = self.cnn(x).float().flatten(1).unflatten(0, batch)
-        if self.vector is None:
-            return embed
-        return torch.cat([embed, self.vector(symlog(vector))], -1)
-
-
-class Decoder(nn.Module):
-    """image = CNN^-1(z) + 0.5, from 4x4 upwards; no sigmoid."""
-
-    def __init__(self, sizes):
-        super().__init__()
-        n = int(np.log2(sizes.image_size)) - 2
-        channels = sizes.cnn_depth * 2 ** (n - 1)
-        linear = init_weights(nn.Linear(sizes.S * sizes.K, 16 * channels))
-        self.start = nn.Sequential(linear, nn.Unflatten(-1, (4, 4, channels)))
-        layers = []
-        for _ in range(n - 1):
-            up = nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False)
-            channels //= 2
-            layers += [init_weights(up), ChannelNorm(channels, eps=1e-3), nn.SiLU()]
-        layers.append(init_weights(nn.ConvTranspose2d(channels, sizes.channels, 4, 2, 1)))
-        self.cnn = nn.Sequential(*layers)
-
-    def forward(self, z):
-        """z (..., Z) -> image (..., L, L, C), about [0, 1]"""
-        x = self.start(z.flatten(0, -2)).permute(0, 3, 1, 2)
-        return self.cnn(x).float().permute(0, 2, 3, 1).unflatten(0, z.shape[:-1]) + 0.5
 
 
 class DRAW(nn.Module):
@@ -298,11 +203,7 @@ class DRAW(nn.Module):
 
     def previous(self, z, action, is_first):
         """z_{t-1} (B, T, S, K) and a_{t-1} (B, T, A) of each t; at first steps the initial ones.
-
-        Args: z (B, T, S, K), sampled from the posterior; action (B, T, A), a_t taken AT x_t;
-            is_first bool (B, T); t = 0 counts as a first step whatever it says.
-        Returns: z_prev, a_prev, first bool (B, T).
-        """
+        And first, is_first (B, T), where t = 0 counts as a first step, whatever it says."""
         z0, _ = self.initial()
         first = torch.cat([torch.ones_like(is_first[:, :1]), is_first[:, 1:]], 1)
         z_prev = torch.where(first[..., None, None], z0, z.roll(1, 1))
@@ -310,9 +211,10 @@ class DRAW(nn.Module):
         return z_prev, a_prev, first
 
     def observe(self, z, action, is_first, dynamics=None):
-        """The recurrence of the belief over an observed sequence -> prior logits u (B, T, S, K).
+        """The recurrence of the belief along an observed sequence -> prior logits u (B, T, S, K).
 
-        Args: as of `previous`; dynamics: (z_{t-1}, sigma_{t-1}, a_{t-1}) -> u_t instead of f.
+        Args: z (B, T, S, K), samples of the posterior; action (B, T, A), a_t taken AT x_t; is_first
+            bool (B, T); dynamics: (z_{t-1}, sigma_{t-1}, a_{t-1}) -> u_t, in the place of f.
         """
         dynamics = dynamics or self.dynamics
         z_prev, a_prev, first = self.previous(z, action, is_first)
@@ -327,11 +229,8 @@ class DRAW(nn.Module):
         return torch.stack(us, 1)
 
     def open_loop(self, dynamics, z, action):
-        """A sampled rollout that sees the first frame alone: z_0 .. z_H, (n, H+1, S, K).
-
-        Args: dynamics, a Rectified; z (n, S, K), sampled from the posterior of x_0; action
-            (n, H, A), those that were really taken, a_0 .. a_{H-1}.
-        """
+        """A rollout of a Rectified from z_0 (n, S, K), a sample of the posterior, with the actions
+        that were really taken, a_0 .. a_{H-1} (n, H, A) -> z_0 .. z_H (n, H+1, S, K)."""
         z_before, sigma_before = (x.expand(len(z), -1, -1) for x in self.initial())
         nothing = torch.zeros(len(z), action.shape[-1], device=z.device)
         sigma = softmax(dynamics(z_before, sigma_before, nothing))  # sigma_0, as in `observe`
@@ -362,11 +261,11 @@ class Rectified(nn.Module):
 
     def __init__(self, draw, method="none", hidden=256, layers=1, inputs="za", members=1):
         super().__init__()
-        sizes = {"hidden": hidden, "layers": layers, "members": members}
-        self.options = {"method": method, "inputs": inputs, **sizes}
-        fits = all(type(n) is int and 0 < n <= 65536 for n in sizes.values())
-        fits &= method in ("residual", "replace", "none", "finetune")
-        if not fits or inputs not in ("za", "za+sigma", "za+base"):
+        numbers = {"hidden": hidden, "layers": layers, "members": members}
+        self.options = {"method": method, "inputs": inputs, **numbers}
+        known = method in ("residual", "replace", "none", "finetune")
+        known = known and inputs in ("za", "za+sigma", "za+base")
+        if not known or any(type(n) is not int or not 0 < n <= 65536 for n in numbers.values()):
             raise ValueError(f"no such residual: {self.options}")
         self.inputs = inputs
         # A bound method, so that f's weights do not count as this module's.
@@ -482,7 +381,100 @@ class Policy(nn.Module):
         return self.actor(z).sample().clamp(-1, 1).cpu().numpy()
 
 
-# ---- Files: datasets, the replay, checkpoints -------------------------------------------------
+class Encoder(nn.Module):
+    """embed = [CNN(image), MLP(symlog(vector))], E = 16 * last channels + vector units."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        layers = []
+        channels = sizes.channels
+        depth = sizes.cnn_depth
+        # Each convolution halves the image, until it is 4 x 4.
+        for _ in range(int(np.log2(sizes.image_size)) - 2):
+            layers.append(init_weights(nn.Conv2d(channels, depth, 4, 2, 1, bias=False)))
+            layers += [ChannelNorm(depth, eps=1e-3), nn.SiLU()]
+            channels = depth
+            depth *= 2
+        self.cnn = nn.Sequential(*layers)
+        self.embed_size = 16 * channels  # E
+        self.vector = None
+        if sizes.vector_size:
+            self.vector = mlp(sizes.vector_size, sizes.vector_units, sizes.vector_layers)
+            self.embed_size += sizes.vector_units
+
+    def forward(self, image, vector):
+        """image uint8 (..., L, L, C), vector (..., V) -> embed (..., E)"""
+        x = image.flatten(0, -4).permute(0, 3, 1, 2).float() / 255.0 - 0.5  # (B, C, L, L)
+        embed = self.cnn(x).float().flatten(1).unflatten(0, image.shape[:-3])
+        if self.vector is None:
+            return embed
+        return torch.cat([embed, self.vector(symlog(vector))], -1)
+
+
+class Decoder(nn.Module):
+    """image = CNN^-1(z) + 0.5, from 4x4 upwards; no sigmoid."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        n = int(np.log2(sizes.image_size)) - 2
+        channels = sizes.cnn_depth * 2 ** (n - 1)
+        linear = init_weights(nn.Linear(sizes.S * sizes.K, 16 * channels))
+        self.start = nn.Sequential(linear, nn.Unflatten(-1, (4, 4, channels)))
+        layers = []
+        for _ in range(n - 1):
+            up = nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False)
+            channels //= 2
+            layers += [init_weights(up), ChannelNorm(channels, eps=1e-3), nn.SiLU()]
+        layers.append(init_weights(nn.ConvTranspose2d(channels, sizes.channels, 4, 2, 1)))
+        self.cnn = nn.Sequential(*layers)
+
+    def forward(self, z):
+        """z (..., Z) -> image (..., L, L, C), about [0, 1]"""
+        x = self.start(z.flatten(0, -2)).permute(0, 3, 1, 2)
+        return self.cnn(x).float().permute(0, 2, 3, 1).unflatten(0, z.shape[:-1]) + 0.5
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W), at each pixel by itself."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class MLP(nn.Sequential):
+    """Layers whose output is float32, also under --bf16: losses want all digits."""
+
+    def forward(self, x):
+        return super().forward(x).float()
+
+
+def mlp(n_in, units, layers, n_out=None, out_scale=1.0):
+    """Layers of Linear (no bias), LayerNorm, SiLU; then, if n_out is given, a Linear to n_out."""
+    modules = []
+    for _ in range(layers):
+        modules.append(init_weights(nn.Linear(n_in, units, bias=False)))
+        modules += [nn.LayerNorm(units, eps=1e-3), nn.SiLU()]
+        n_in = units
+    if n_out:
+        modules.append(init_weights(nn.Linear(n_in, n_out), out_scale))
+    return MLP(*modules)
+
+
+def init_weights(layer, scale=1.0):
+    """Truncated normal of variance scale / ((fan_in + fan_out) / 2), cut at two deviations."""
+    weight = layer.weight
+    fan_average = (weight.shape[0] + weight.shape[1]) * weight[0, 0].numel() / 2
+    # The cut makes the deviation smaller by the factor 0.8796.
+    std = (scale / fan_average) ** 0.5 / 0.87962566
+    nn.init.zeros_(weight)
+    if scale:
+        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+# ---- Buffers: datasets, the replay, checkpoints --------------------------------------------------
 
 
 def write_atomically(path, write):
@@ -509,76 +501,64 @@ def save_dataset(path, rows):
     write_atomically(path, lambda file: np.savez_compressed(file, **rows))
 
 
-# The arrays of a dataset that the stages read; a replay holds "reward" too.
-ARRAYS = {"image": np.uint8, "vector": np.float32, "action": np.float32}
-ARRAYS |= dict.fromkeys(("is_first", "is_last", "is_terminal"), bool)
-# Names of the ReDRAW authors' datasets for `vector`.
+# The ReDRAW authors' names for `vector`; in a file that has `vector` too, they mean something else.
 VECTOR_NAMES = ("vector", "image_complement", "yaw_and_forward_vel")
+
+
+def empty_rows(sizes, *rows):
+    """The arrays of a dataset, zeros of shape (*rows, ...); they take no memory until written."""
+    L = sizes.image_size
+    flags = {key: np.zeros(rows, bool) for key in ("is_first", "is_last", "is_terminal")}
+    return {
+        "image": np.zeros((*rows, L, L, sizes.channels), np.uint8),
+        "vector": np.zeros((*rows, sizes.vector_size), np.float32),
+        "action": np.zeros((*rows, sizes.action_size), np.float32),
+        **flags,
+    }
+
+
+def dataset_files(path):
+    """The files of a dataset, oldest first; hidden ones are no part of it."""
+    return sorted(Path(path).glob("[!.]*.npz")) if Path(path).is_dir() else [Path(path)]
 
 
 def read_npz(file, keys):
     """Those of `keys` that a .npz file holds, as arrays. Of a DreamerV3 chunk, named
     TIME-UUID-SUCCESSOR-ROWS.npz, only the first ROWS rows hold data."""
-    parts = Path(file).stem.split("-")
-    rows = int(parts[3]) if len(parts) == 4 and parts[3].isdigit() else None
+    chunk = re.fullmatch(r"\d{8}T\w+-\w+-\w+-(\d+)", Path(file).stem)
     arrays = {}
     problem = f"{file} can't be read as a .npz dataset; is it complete?"
     with explained(problem), np.load(file, allow_pickle=False) as npz:
         for key in keys:
             names = VECTOR_NAMES if key == "vector" else (key,)
             for name in [name for name in names if name in npz.files][:1]:
-                arrays[key] = np.asarray(npz[name])[:rows]
+                value = np.asarray(npz[name])
+                arrays[key] = value[: int(chunk[1])] if chunk else value
     return arrays
 
 
-def read_rows(file, sizes):
-    """The rows of one file of a dataset with the right types; UserError names what is wrong."""
-    V = sizes.vector_size
-    rows = read_npz(file, ARRAYS if V else set(ARRAYS) - {"vector"})
-    needed = ["image", "action", "is_first", "vector"][: 4 if V else 3]
-    missing = [key for key in needed if key not in rows]
+def read_rows(file, into):
+    """Copies the rows of a file to the arrays of `into`. UserError: some lack or don't fit, NaN."""
+    rows = read_npz(file, into)
+    has = ", ".join(rows) or "nothing of use"
+    if into["vector"].shape[1] == 0:  # the model reads none
+        rows["vector"] = into["vector"]
+    missing = into.keys() - rows.keys() - {"is_last", "is_terminal"}
     if missing:
-        has = ", ".join(sorted(rows)) or "nothing of use"
-        raise UserError(f"{file} lacks {', '.join(missing)}; it has {has}")
-    n = rows["is_first"].size
-    image_shape = (sizes.image_size, sizes.image_size, sizes.channels)
-    shapes = {"image": image_shape, "vector": (V,), "action": (sizes.action_size,)}
-    for key, dtype in ARRAYS.items():
-        shape = (n, *shapes.get(key, ()))
-        value = rows.get(key, np.zeros((n, 0) if key == "vector" else n, bool))
+        raise UserError(f"{file} lacks {', '.join(sorted(missing))}; it has {has}")
+    for key, value in rows.items():
+        target = into[key]
         number = value.dtype == np.uint8 if key == "image" else value.dtype.kind in "biuf"
-        if not number or value.shape != shape or n == 0:
-            wanted = f"{np.dtype(dtype)} {shape}, of 1 row at least"
-            raise UserError(f"{file}: {key} must be {wanted}; it is {value.dtype} {value.shape}")
+        if not number or value.shape != target.shape:
+            wanted = f"{key} must be {target.dtype} {target.shape}"
+            raise UserError(f"{file}: {wanted}; it is {value.dtype} {value.shape}")
         # What is too large for float32 becomes infinite.
         with np.errstate(over="ignore"):
-            rows[key] = value.astype(dtype, copy=False)
-        if dtype == np.float32 and not np.isfinite(rows[key]).all():
-            row = np.argwhere(~np.isfinite(rows[key]))[0][0]
-            raise UserError(f"{file}: {key} holds NaN or infinity, first in row {row}")
-    # A reset follows the end of an episode, whether the recorder marked it or not.
-    ended = rows["is_last"] | rows["is_terminal"]
-    rows["is_first"] = rows["is_first"] | np.append(True, ended[:-1])
-    return rows
-
-
-def check_actions(path, rows):
-    """UserError if actions seem to be those that LED to their row; a warning if many are large."""
-    action = rows["action"]
-    first = rows["is_first"]
-    last = np.append(first[1:], True)
-    if first.sum() >= 3 and not action[first].any() and action[last].any():
-        raise UserError(
-            f"{path}: all first rows' actions are 0 and last rows' are not, so a row seems to hold "
-            "the action that LED to it, not the one taken AT it; --actions-lead reads such data"
-        )
-    largest = np.abs(action).max(-1)
-    share = np.mean(largest > 1.0 + 1e-6)
-    if share > 0.01:
-        print(
-            f"warning: {path}: {share:.0%} of the actions lie outside [-1, 1], up to "
-            f"{largest.max():.3g}, and are clipped; are they in other units?"
-        )
+            target[:] = value
+        if target.dtype == np.float32 and not np.isfinite(target).all():
+            row = np.argwhere(~np.isfinite(target))[0][0]
+            raise UserError(f"{file}: {key} is NaN or infinite, first in row {row}")
+    into["is_first"][:1] = True
 
 
 def load_dataset(path, sizes, newest=None, actions_lead=False):
@@ -593,33 +573,49 @@ def load_dataset(path, sizes, newest=None, actions_lead=False):
         is_first, is_last, is_terminal bool (N,).
     Raises UserError: no such file, not a dataset, other sizes, NaN, another convention of actions.
     """
-    path = Path(path)
-    files = sorted(path.glob("[!.]*.npz")) if path.is_dir() else [path]
+    files = dataset_files(path)
     if not files or not all(file.is_file() for file in files):
         raise UserError(f"no dataset at {path}: expected a .npz file or a folder of them")
-    counts = []
+    counts = {}  # rows of each file, the newest first
     for file in reversed(files):
-        if not newest or sum(counts) < newest:
-            counts.insert(0, read_npz(file, ["is_first"]).get("is_first", np.zeros(0)).size)
-    files = files[-len(counts) :]
-    # One array for all files, so that the images are in memory only once.
-    dataset = {}
-    for file, begin in zip(files, np.cumsum([0, *counts[:-1]]), strict=True):
-        for key, value in read_rows(file, sizes).items():
-            if key not in dataset:
-                dataset[key] = np.empty((sum(counts), *value.shape[1:]), value.dtype)
-            dataset[key][begin : begin + len(value)] = value
+        if not newest or sum(counts.values()) < newest:
+            counts[file] = read_npz(file, ["is_first"]).get("is_first", np.zeros(0)).size
+    end = sum(counts.values())
+    dataset = empty_rows(sizes, end)  # one for all files: the images are in memory only once
+    for file, count in counts.items():
+        read_rows(file, {key: array[end - count : end] for key, array in dataset.items()})
+        end -= count
     if newest:
-        dataset = {key: value[-newest:] for key, value in dataset.items()}
-        dataset["is_first"][0] = True
-    if len(dataset["is_first"]) < 2:
+        dataset = {key: array[-newest:] for key, array in dataset.items()}
+    first = dataset["is_first"]
+    if len(first) < 2:
         raise UserError(f"{path}: a dataset needs 2 rows at least")
+    # A reset follows the end of an episode, whether the recorder marked it or not.
+    first[0] = True
+    first[1:] |= dataset["is_last"][:-1] | dataset["is_terminal"][:-1]
     if actions_lead:
-        last = np.append(dataset["is_first"][1:], True)
         action = np.roll(dataset["action"], -1, axis=0)
-        dataset["action"] = np.where(last[:, None], np.float32(0.0), action)
-    check_actions(path, dataset)
+        action[np.roll(first, -1)] = 0.0  # nothing follows a last row
+        dataset["action"] = action
+    check_actions(path, dataset["action"], first)
     return dataset
+
+
+def check_actions(path, action, first):
+    """UserError if actions seem to be those that LED to their row; a warning if many are large."""
+    last = np.roll(first, -1)
+    if first.sum() >= 3 and not action[first][1:].any() and action[last].any():
+        raise UserError(
+            f"{path}: all first rows' actions are 0 and last rows' are not, so a row seems to hold "
+            "the action that LED to it, not the one taken AT it; --actions-lead reads such data"
+        )
+    largest = np.abs(action).max(-1)
+    share = np.mean(largest > 1.0 + 1e-6)
+    if share > 0.01:
+        print(
+            f"warning: {path}: {share:.0%} of the actions lie outside [-1, 1], up to "
+            f"{largest.max():.3g}, and are clipped; are they in other units?"
+        )
 
 
 class Replay:
@@ -627,14 +623,8 @@ class Replay:
 
     def __init__(self, rows, n_envs, sizes):
         self.length = max(rows // n_envs, 2)
-        image_shape = (sizes.image_size, sizes.image_size, sizes.channels)
-        shapes = {"image": image_shape, "vector": (sizes.vector_size,)}
-        shapes["action"] = (sizes.action_size,)
-        # np.empty takes no memory until a row is written.
-        self.data = {
-            key: np.empty((n_envs, self.length, *shapes.get(key, ())), dtype)
-            for key, dtype in (ARRAYS | {"reward": np.float32}).items()
-        }
+        self.data = empty_rows(sizes, n_envs, self.length)
+        self.data["reward"] = np.zeros((n_envs, self.length), np.float32)
         self.added = 0  # rows ever written, per environment
         self.saved = 0  # of these, rows that are in files
 
@@ -702,6 +692,13 @@ class Replay:
         self.added = self.saved = min(ends)
 
 
+def to_device(value, device):
+    """A CPU tensor on `device`; on CUDA through pinned memory, so that the host goes on."""
+    if torch.device(device).type == "cuda":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
+
+
 def save_checkpoint(path, **contents):
     """Writes weights (state dicts) and plain data (numbers, strings, lists, dicts) to one file."""
     write_atomically(path, lambda file: torch.save(contents, file))
@@ -758,7 +755,7 @@ def load_policy(path, device="cpu"):
     return policy.to(memory_format=torch.channels_last)  # the faster one for a single image
 
 
-# ---- Environments ------------------------------------------------------------------------------
+# ---- Environments --------------------------------------------------------------------------------
 
 
 class DMCEnv(gym.Env):
@@ -795,85 +792,78 @@ class DMCEnv(gym.Env):
         self.sign = -1.0 if reverse_actions else 1.0
         self.wrench = wrench
         self.action_repeat = action_repeat
-        self.image_size = image_size
         self.render_mode = render_mode
         self.shrink = max(1, 64 // image_size)
-        self.frames = np.zeros((image_size, image_size, stack), np.uint8)
+        self.stack = stack
+        self.frames = []
+        side = image_size * self.shrink
         if look == "fast":
             self.physics.model.vis.quality.offsamples = 0
-        side = image_size * self.shrink
         self.camera = Camera(self.physics, height=side, width=side, camera_id=0)
         if look == "fast":
-            self.camera.scene.flags[SHADOW] = 0
-            self.camera.scene.flags[REFLECTION] = 0
-        self.bounds = self.dmc.action_spec()
-        self.action_space = gym.spaces.Box(-1.0, 1.0, self.bounds.shape, np.float32)
-        shape = (image_size, image_size, stack or 3)
-        spaces = {"image": gym.spaces.Box(0, 255, shape, np.uint8)}
-        if not stack:
-            velocities = self.physics.velocity().shape
-            spaces["vector"] = gym.spaces.Box(-np.inf, np.inf, velocities, np.float32)
+            SHADOW, REFLECTION = 0, 2  # mujoco.mjtRndFlag
+            self.camera.scene.flags[[SHADOW, REFLECTION]] = 0
+        image = gym.spaces.Box(0, 255, (image_size, image_size, stack or 3), np.uint8)
+        vector = gym.spaces.Box(-np.inf, np.inf, self.physics.velocity().shape, np.float32)
+        spaces = {"image": image} if stack else {"image": image, "vector": vector}
         self.observation_space = gym.spaces.Dict(spaces)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, self.dmc.action_spec().shape, np.float32)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         if seed is not None:
             self.dmc.task.random.seed(seed)
         self.dmc.reset()
-        if self.frames.size:
-            self.frames[:] = self.grey()
+        self.frames = []
         return self.observe(), {}
 
     def step(self, action):
         action = self.sign * np.clip(np.asarray(action, np.float64), -1.0, 1.0)
-        low = self.bounds.minimum
-        action = low + (action + 1.0) / 2.0 * (self.bounds.maximum - low)
         for _ in range(self.action_repeat):
             if self.wrench is not None:  # a reset clears it
                 self.physics.named.data.xfrc_applied[self.wrench[0]] = self.wrench[1]
             timestep = self.dmc.step(action)
-        if self.frames.size:
-            self.frames = np.concatenate([self.frames[..., 1:], self.grey()], -1)
         return self.observe(), float(timestep.reward), False, False, {}
 
     def observe(self):
-        if self.frames.size:
-            return {"image": self.frames}
-        return {"image": self.render(), "vector": self.physics.velocity().astype(np.float32)}
-
-    def grey(self):
-        return self.render().mean(-1, keepdims=True).astype(np.uint8)
+        image = self.render()
+        if self.stack == 0:
+            return {"image": image, "vector": self.physics.velocity().astype(np.float32)}
+        grey = image.mean(-1).astype(np.uint8)
+        self.frames = [*(self.frames or [grey] * self.stack)[1:], grey]
+        return {"image": np.stack(self.frames, -1)}
 
     def render(self):
         image = self.camera.render()
         if self.shrink > 1:
-            small = (self.image_size, self.shrink, self.image_size, self.shrink, 3)
-            image = image.reshape(small).mean((1, 3)) + 0.5
+            L = len(image) // self.shrink
+            image = image.reshape(L, self.shrink, L, self.shrink, 3).mean((1, 3)) + 0.5
         return image.astype(np.uint8)
 
     def close(self):
         self.dmc.close()
 
 
-SHADOW, REFLECTION = 0, 2  # mujoco.mjtRndFlag
 REVERSED = {"reverse_actions": True}
 WINDY = {"wrench": ("ball", (-2.0, 0.0, 0.0, 0.0, 0.0, 0.0))}
 TORQUE = {"wrench": ("spinner", (0.0, 0.0, 0.0, 0.0, 4.0, 0.0))}
-# The paper's four pairs: name, domain, task, the target's suffix, what differs there. Then the
+# The paper's four pairs: name, domain, task; the target's suffix and what differs there. Then the
 # pendulum without velocities: they can be seen in three frames, and not in one.
-PAIRS = (
+for name, domain, task, suffix, change, options in (
     ("PendulumSwingup", "pendulum", "swingup", "Reversed", REVERSED, {}),
     ("BallInCupCatch", "ball_in_cup", "catch", "Windy", WINDY, {}),
     ("FingerTurnHard", "finger", "turn_hard", "Torque", TORQUE, {}),
     ("ReacherEasy", "reacher", "easy", "Reversed", REVERSED, {}),
     ("PendulumSwingupImages", "pendulum", "swingup", "Reversed", REVERSED, {"stack": 3}),
     ("PendulumSwingupImage", "pendulum", "swingup", "Reversed", REVERSED, {"stack": 1}),
-)
-for name, domain, task, suffix, target, both in PAIRS:
-    for env_id, changes in ((f"redraw/{name}-v0", {}), (f"redraw/{name}{suffix}-v0", target)):
-        kwargs = {"domain": domain, "task": task, **both, **changes}
-        limits = {"max_episode_steps": 500, "disable_env_checker": True}
-        gym.register(env_id, DMCEnv, kwargs=kwargs, **limits)
+):
+    source = {"domain": domain, "task": task, **options}
+    limits = {"max_episode_steps": 500, "disable_env_checker": True}
+    gym.register(f"redraw/{name}-v0", DMCEnv, kwargs=source, **limits)
+    gym.register(f"redraw/{name}{suffix}-v0", DMCEnv, kwargs=source | change, **limits)
+
+
+NO_VECTOR = gym.spaces.Box(-1.0, 1.0, (0,), np.float32)
 
 
 class Plain(gym.Wrapper):
@@ -883,70 +873,80 @@ class Plain(gym.Wrapper):
     def __init__(self, env):
         super().__init__(env)
         self.steps = 0
-        empty = gym.spaces.Box(-1.0, 1.0, (0,), np.float32)
-        self.observation_space = gym.spaces.Dict({"vector": empty, **env.observation_space.spaces})
+        self.observation_space = gym.spaces.Dict({"vector": NO_VECTOR, **env.observation_space})
 
-    def checked(self, obs, **values):
+    def reset(self, **kwargs):
+        obs, _ = self.env.reset(**kwargs)
+        return self.checked(obs), {}
+
+    def step(self, action):
+        self.steps += 1
+        self.checked({}, action=action)
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        return self.checked(obs, reward=reward), reward, terminated, truncated, {}
+
+    def checked(self, obs, **numbers):
         obs = {"vector": np.zeros(0, np.float32), **obs}
-        for name, value in {"vector": obs["vector"], **values}.items():
+        for name, value in {"vector": obs["vector"], **numbers}.items():
             if not np.isfinite(value).all():
                 env_id = self.spec.id
                 raise UserError(f"{env_id}: {name} is NaN or infinite after {self.steps} steps")
         return obs
 
-    def reset(self, **kwargs):
-        return self.checked(self.env.reset(**kwargs)[0]), {}
 
-    def step(self, action):
-        self.steps += 1
-        self.checked({}, action=action)
-        obs, reward, *ends, _ = self.env.step(action)
-        return self.checked(obs, reward=reward), reward, *ends, {}
+class ParallelEnvs(gym.vector.AsyncVectorEnv):
+    """Environments in processes of their own. One that raises a UserError prints it and ends."""
+
+    def step_wait(self, timeout=None):
+        try:
+            return super().step_wait(timeout)
+        except EOFError:
+            connection.wait([process.sentinel for process in self.processes], 5)
+            if any(process.exitcode == 1 for process in self.processes):
+                raise SystemExit(1) from None
+            raise UserError("the process of an environment was killed") from None
+
+    def __del__(self):
+        """Does not wait for a step: the processes end with the script."""
 
 
 def make_env(env_id, worker=False, **kwargs):
     """gymnasium.make. A `worker` process finds it here, so it has this file's registrations."""
-    if worker and multiprocessing.parent_process():
+    if worker and parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which saves first
     return Plain(gym.make(env_id, **kwargs))
 
 
 def check_env(env_id, env):
     """UserError unless the spaces suit DRAW, and one reset and one step keep to them."""
-    spaces = (
-        dict(env.observation_space) if isinstance(env.observation_space, gym.spaces.Dict) else {}
-    )
-    act = env.action_space
-    L = (getattr(spaces.get("image"), "shape", None) or [0])[0]
-    image_fits = L >= 16 and L & (L - 1) == 0 and len(spaces["image"].shape) == 3
-    image_fits = image_fits and spaces["image"].shape[1] == L and spaces["image"].dtype == np.uint8
-    vector = spaces.get("vector", gym.spaces.Box(-1, 1, (1,), np.float32))
-    vector_fits = vector.dtype == np.float32 and len(vector.shape) == 1
-    if not image_fits or not vector_fits or not set(spaces) <= {"image", "vector"}:
+    observation = env.observation_space
+    action = env.action_space
+    try:
+        spaces = {"vector": NO_VECTOR, **observation}
+        L, _, C = spaces["image"].shape
+        (V,) = spaces["vector"].shape
+        (A,) = action.shape
+        Sizes(image_size=L, channels=C, vector_size=V, action_size=A)
+        types = (spaces["image"].dtype, spaces["vector"].dtype, action.dtype.kind)
+        fits = types == (np.uint8, np.float32, "f") and spaces["image"].shape == (L, L, C)
+        fits = fits and action == gym.spaces.Box(-1, 1, (A,), action.dtype) and len(spaces) == 2
+    except (TypeError, ValueError, KeyError):
+        fits = False
+    if not fits:
         raise UserError(
-            f"{env_id}: observations must be a Dict of image, uint8 (L, L, C) with L = 16, 32, "
-            f"64, ..., and, if there is one, vector, float32 (V,); they are {env.observation_space}"
+            f"{env_id}: observations must be a Dict of image, uint8 (L, L, C) with L = 16, 32, 64, "
+            "..., and, if there is one, vector, float32 (V,); actions a Box(-1, 1, (A,)), which "
+            f"gymnasium.wrappers.RescaleAction can make; they are {observation} and {action}"
         )
-    boxes = [gym.spaces.Box(-1, 1, act.shape, kind) for kind in (np.float16, np.float32, float)]
-    if act not in boxes or len(act.shape) != 1 or act.shape == (0,):
-        raise UserError(
-            f"{env_id}: the action space must be Box(-1, 1, (A,)), it is {act}; "
-            "gymnasium.wrappers.RescaleAction can make it so"
-        )
-    first, _ = env.reset(seed=0)
-    outcome = env.step(np.zeros(act.shape, act.dtype))
-    if len(outcome) != 5 or np.shape(outcome[1]) != ():
-        raise UserError(
-            f"{env_id}: step must return five values, the second one number, the reward; it "
-            f"returned {len(outcome)}, the reward of shape {np.shape(outcome[1])}"
-        )
-    for name, space in spaces.items():
-        for value in (first[name], outcome[0][name]):
-            if (value.dtype, value.shape) != (space.dtype, space.shape):
-                raise UserError(
-                    f"{env_id}: {name} must be {space.dtype} {space.shape}, as its space says; "
-                    f"it is {value.dtype} {value.shape}"
-                )
+    with explained(f"{env_id}: reset must return 2 values and step 5, the second one a number"):
+        first, _ = env.reset(seed=0)
+        second, reward, _, _, _ = env.step(np.zeros(A, action.dtype))
+        if np.shape(reward) != ():
+            raise ValueError(f"reward of shape {np.shape(reward)}")
+    for obs in (first, second):
+        if obs not in observation:
+            found = {key: f"{x.dtype} {x.shape} {x.min()}..{x.max()}" for key, x in obs.items()}
+            raise UserError(f"{env_id}: {found} is not in its own space, {observation}")
 
 
 def make_envs(env_id, n, image_size=None, episode_steps=None, parallel=False, look="fast"):
@@ -957,16 +957,17 @@ def make_envs(env_id, n, image_size=None, episode_steps=None, parallel=False, lo
         episode_steps, a shorter time limit than the environment's; parallel: each in a process.
     Raises UserError: unknown id, or it does not suit DRAW.
     """
-    kwargs = {}
+    kwargs = {"disable_env_checker": True}  # check_env does it
     if env_id.split(":")[-1].startswith("redraw/"):
-        kwargs = {"image_size": image_size or 64}
-        kwargs |= {} if "Duckietown" in env_id else {"look": look}
+        kwargs["image_size"] = image_size or 64
+        if "Duckietown" not in env_id:
+            kwargs["look"] = look
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where a user's module may lie
-    known = ", ".join(name for name in gym.registry if name.startswith("redraw/"))
     try:
         env = gym.make(env_id, **kwargs)
     except Exception as e:
+        known = ", ".join(name for name in gym.registry if name.startswith("redraw/"))
         raise UserError(
             f"can't make environment '{env_id}': {type(e).__name__}: {e}; any is given as "
             f"module:id, the module here or in PYTHONPATH; this project's are {known}"
@@ -977,30 +978,28 @@ def make_envs(env_id, n, image_size=None, episode_steps=None, parallel=False, lo
     if episode_steps and (own is None or episode_steps < own):
         print(f"episodes end after {episode_steps} steps; the environment's own limit is {own}")
         kwargs["max_episode_steps"] = episode_steps
+    make = partial(make_env, env_id, worker=parallel, **kwargs)
     with explained(f"can't make {n} copies of '{env_id}'; try --n-envs 1"):
         if parallel:  # spawned, because a fork would share the GPU and the renderer
-            make = partial(make_env, env_id, worker=True, **kwargs)
-            return gym.vector.AsyncVectorEnv([make] * n, context="spawn")
-        return gym.vector.SyncVectorEnv([partial(make_env, env_id, **kwargs)] * n)
+            return ParallelEnvs([make] * n, context="spawn")
+        return gym.vector.SyncVectorEnv([make] * n)
 
 
 def sizes_of(envs, **networks):
     """The Sizes of an environment's observations and actions, and of `networks`"""
     L, _, C = envs.single_observation_space["image"].shape
-    V = envs.single_observation_space["vector"].shape[0]
-    A = envs.single_action_space.shape[0]
+    (V,) = envs.single_observation_space["vector"].shape
+    (A,) = envs.single_action_space.shape
     return Sizes(image_size=L, channels=C, vector_size=V, action_size=A, **networks)
 
 
 def check_sizes(env_id, envs, sizes):
     """UserError if an environment's observations and actions are not those of a checkpoint."""
-    here = sizes_of(envs)
     for name in ("image_size", "channels", "vector_size", "action_size"):
-        if getattr(here, name) != getattr(sizes, name):
-            raise UserError(
-                f"{env_id}: {name} is {getattr(here, name)}, the checkpoint was trained with "
-                f"{getattr(sizes, name)}"
-            )
+        here = getattr(sizes_of(envs), name)
+        there = getattr(sizes, name)
+        if here != there:
+            raise UserError(f"{env_id}: {name} is {here}, the checkpoint was trained with {there}")
 
 
 def held_noise(previous, hold, gain=1.0):
@@ -1010,7 +1009,7 @@ def held_noise(previous, hold, gain=1.0):
     return np.where(np.random.rand(len(previous), 1) < 1.0 / hold, fresh, previous)
 
 
-# ---- Runs: seeds, devices, the run folder --------------------------------------------------------
+# ---- Runs ----------------------------------------------------------------------------------------
 
 
 def seed_everything(seed):
@@ -1025,9 +1024,7 @@ def prepare(args):
     is one, else the CPU. From here on Ctrl-C ends the script with one line."""
     check_range(args, 0, 2**31 - 1, "seed")
     seed_everything(args.seed)
-    name = args.device
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda *_: stop("interrupted"))
+    on_interrupt(stop)
     # CPUs are many times slower on the tiny numbers that Adam leaves behind.
     torch.set_flush_denormal(True)
     if os.name == "posix" and hasattr(ctypes.CDLL(None), "mallopt"):
@@ -1035,6 +1032,7 @@ def prepare(args):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 1 << 30)
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -1044,25 +1042,22 @@ def prepare(args):
     return torch.device(name)
 
 
-def to_device(value, device):
-    """A CPU tensor on `device`; on CUDA through pinned memory, so that the host goes on."""
-    if torch.device(device).type == "cuda":
-        value = value.pin_memory()
-    return value.to(device, non_blocking=True)
+def on_interrupt(handler):
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
 
 
-def stop(text):
-    """Ends the script from a signal handler, where print is not allowed."""
+def stop(*_, text="interrupted"):
+    """Ends the script, maybe from a signal handler, where print is not allowed."""
     os.write(2, f"\n{text}; the same command with --resume goes on from the last save\n".encode())
     raise SystemExit(130)
 
 
 def checksum(path):
     """A number from the contents of a checkpoint or a dataset, wherever they lie"""
-    files = sorted(Path(path).glob("*.npz")) if Path(path).is_dir() else [Path(path)]
     sums = []
-    for file in filter(zipfile.is_zipfile, files):  # .npz and .pt hold a sum of each member
-        sums += [(Path(item.filename).name, item.CRC) for item in zipfile.ZipFile(file).infolist()]
+    for file in filter(zipfile.is_zipfile, dataset_files(path)):  # a .pt file is one, too
+        sums += [(item.filename, item.CRC) for item in zipfile.ZipFile(file).infolist()]
     return zlib.crc32(repr(sums).encode())
 
 
@@ -1082,23 +1077,19 @@ class Run:
     FREE = ("resume", "overwrite", "track", "device", "run_dir", "checkpoint", "dataset")
 
     def __init__(self, folder, args, inputs=()):
+        if args.resume and args.overwrite:
+            raise UserError("give --resume or --overwrite, not both")
         self.dir = Path(folder)
         self.seed = args.seed
         self.rank = int(os.environ.get("RANK", 0))
-        self.state = {}
-        self.saves = False  # whether Ctrl-C waits for a save
+        self.state = {}  # of the last save, if the run resumes
         self.interrupted = False
         self.warned = set()
-        self.logged_step = 0
         settings = dataclasses.asdict(args) | {"inputs": [checksum(path) for path in inputs]}
         settings = json.loads(json.dumps(settings))  # as they will be read back
-        if args.resume and args.overwrite:
-            raise UserError("give --resume or --overwrite, not both")
         with explained(f"can't use --run-dir {folder}", OSError):
             if args.resume and (self.dir / "args.json").exists():
-                self.compare(settings)
-                if (self.dir / "state.pt").exists():
-                    self.state = load_checkpoint(self.dir / "state.pt", ("state",))
+                self.go_on(settings)
             elif self.rank == 0:
                 self.begin(settings, args.overwrite, inputs)
             if self.rank == 0:
@@ -1121,36 +1112,35 @@ class Run:
         text = json.dumps(settings, indent=1).encode()
         write_atomically(self.dir / "args.json", lambda file: file.write(text))
 
-    def compare(self, settings):
-        """UserError if the run that is to be resumed had other flags or inputs."""
+    def go_on(self, settings):
+        """Reads the last save. UserError if the run had other flags or inputs."""
         with explained(f"{self.dir}/args.json is damaged; start anew with --overwrite"):
             before = dict(json.loads((self.dir / "args.json").read_text()))
-        for name, value in settings.items():
-            if name not in self.FREE and before.get(name, value) != value:
+        for name in before.keys() & settings.keys() - set(self.FREE):
+            if before[name] != settings[name]:
                 raise UserError(
                     "--resume needs the flags and inputs of the start: "
-                    f"{name} was {before[name]}, now it is {value}"
+                    f"{name} was {before[name]}, now it is {settings[name]}"
                 )
+        if (self.dir / "state.pt").exists():
+            self.state = load_checkpoint(self.dir / "state.pt", ("state",))
+            # Without what was logged after the save.
+            os.truncate(self.dir / "metrics.csv", self.state["logged"])
 
     def open_logs(self, args):
-        """metrics.csv, without what was logged after the last save; TensorBoard; --track."""
-        # Here, so that a run has its memory from the start.
-        import matplotlib.backends.backend_agg  # noqa: F401
-        from torch.utils.tensorboard import SummaryWriter
+        """TensorBoard and --track; metrics.csv is opened for each line."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         if args.track:
             with explained("--track needs Weights & Biases: pip install wandb", ImportError):
                 import wandb
             wandb.init(project="redraw", name=self.dir.name, dir=self.dir, sync_tensorboard=True)
             wandb.config.update(dataclasses.asdict(args))
-        if self.state:
-            os.truncate(self.dir / "metrics.csv", self.state["logged"])
-        self.file = open(self.dir / "metrics.csv", "a")  # noqa: SIM115
-        self.tensorboard = SummaryWriter(str(self.dir), purge_step=self.state.get("logged_step"))
+        self.tensorboard = SummaryWriter(str(self.dir))
 
-    def finite(self, step, numbers):
-        """UserError if one of numbers, a dict of name -> float, is not; the last save is intact."""
-        bad = [name for name, value in numbers.items() if not np.isfinite(value)]
+    def finite(self, step, values):
+        """UserError if one of values, a dict of name -> number or tensor, is NaN or infinite."""
+        bad = [name for name, x in values.items() if not torch.as_tensor(x).isfinite().all()]
         if bad:
             raise UserError(
                 f"{', '.join(bad[:3])} is not finite at {step}: the training diverged; the last "
@@ -1160,15 +1150,14 @@ class Run:
     def log(self, step, metrics):
         """Writes metrics, a dict of name -> number or 0-d tensor, and returns them as numbers.
         UserError: one is NaN or infinite."""
-        metrics = {k: float(v.detach() if torch.is_tensor(v) else v) for k, v in metrics.items()}
         self.finite(step, metrics)
+        metrics = {k: float(v.detach() if torch.is_tensor(v) else v) for k, v in metrics.items()}
         if self.rank == 0:
             with explained(f"can't write the logs in {self.dir}", OSError):
-                self.file.writelines(f"{step},{name},{v:.6g}\n" for name, v in metrics.items())
-                self.file.flush()
+                with open(self.dir / "metrics.csv", "a") as file:
+                    file.writelines(f"{step},{name},{v:.6g}\n" for name, v in metrics.items())
                 for name, value in metrics.items():
                     self.tensorboard.add_scalar(name, value, step)
-        self.logged_step = step
         return metrics
 
     def warn(self, when, text):
@@ -1188,9 +1177,10 @@ class Run:
             frames = frames[..., -1:].repeat(3, -1)
         gif = imageio.v3.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)
         write_atomically(self.dir / f"{name}.gif", lambda file: file.write(gif))
-        size = {"height": frames.shape[1], "width": frames.shape[2], "colorspace": 3}
-        value = Summary.Value(tag=name, image=Summary.Image(encoded_image_string=gif, **size))
-        self.tensorboard.file_writer.add_summary(Summary(value=[value]), step)
+        _, height, width, _ = frames.shape
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        self.tensorboard.file_writer.add_summary(summary, step)
 
     @staticmethod
     def due(step, every, stride=1):
@@ -1205,15 +1195,13 @@ class Run:
                 module.load_state_dict(self.state[name])
         if self.state or self.rank:
             self.seed_anew(self.state.get("step", 0))
-        self.saves = "WORLD_SIZE" not in os.environ  # its processes would stop at different steps
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, self.interrupt)
+        if "WORLD_SIZE" not in os.environ:  # its processes would stop at different steps
+            on_interrupt(self.interrupt)
         return self.state
 
     def interrupt(self, *_):
-        if not self.saves or self.interrupted:  # a second one does not wait
-            stop("interrupted")
         self.interrupted = True
+        on_interrupt(stop)  # a second one does not wait
 
     def seed_anew(self, step):
         seed_everything((self.seed + 1000 * self.rank + 7919 * step) % 2**31)
@@ -1226,27 +1214,26 @@ class Run:
     def save(self, step, modules, **contents):
         """Saves the run for --resume; after Ctrl-C it ends here. UserError: a weight is NaN."""
         states = {name: module.state_dict() for name, module in modules.items()}
-        weights = {f"{n}.{k}": v for n, state in states.items() for k, v in state.items()}
-        tensors = {k: float(v.sum()) for k, v in weights.items() if torch.is_tensor(v)}
-        self.finite(step, tensors)
+        for name, state in states.items():
+            tensors = {f"{name}.{k}": v for k, v in state.items() if torch.is_tensor(v)}
+            self.finite(step, tensors)
         if self.rank == 0:
-            self.file.flush()
-            os.fsync(self.file.fileno())  # the state counts on what was logged so far
-            contents |= {"step": step, "logged": self.file.tell(), "logged_step": self.logged_step}
-            save_checkpoint(self.dir / "state.pt", stage="state", **states, **contents)
+            with open(self.dir / "metrics.csv", "a") as file:
+                os.fsync(file.fileno())  # the state counts on what was logged so far
+                contents |= {"step": step, "logged": file.tell(), **states}
+            save_checkpoint(self.dir / "state.pt", stage="state", **contents)
         self.seed_anew(step)
         if self.interrupted:
             self.close()
-            stop(f"saved after {step}")
+            stop(text=f"saved after {step}")
 
     def close(self):
-        """Draws metrics.csv as curves.png, a panel a metric, and closes the files."""
-        from matplotlib.figure import Figure
-
-        self.saves = False
+        """Draws metrics.csv as curves.png, a panel a metric."""
+        on_interrupt(stop)
         if self.rank:
             return
-        self.file.close()
+        from matplotlib.figure import Figure
+
         self.tensorboard.close()
         curves = {}
         for line in (self.dir / "metrics.csv").read_text().splitlines()[1:]:
