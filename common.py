@@ -351,19 +351,20 @@ class ActorCritic(nn.Module):
         self.register_buffer("range", torch.zeros(()))
 
     @torch.no_grad()
-    def update_slow_critic(self):
-        """slow = 0.98 slow + 0.02 critic, after each update"""
+    def update_slow_critic(self, rate=0.02):
+        """slow = (1 - rate) slow + rate critic, after each update"""
         for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters(), strict=True):
-            slow.lerp_(fast, 0.02)
+            slow.lerp_(fast, rate)
 
 
 class Policy(nn.Module):
     """x_t -> a_t: encoder, posterior, actor, all that deployment needs. It shares the modules of a
-    given world model and actor."""
+    given world model and actor. It samples z and a, or `by_mean` takes the mean of both."""
 
-    def __init__(self, sizes, draw=None, actor=None):
+    def __init__(self, sizes, draw=None, actor=None, by_mean=False):
         super().__init__()
         self.sizes = sizes
+        self.by_mean = by_mean
         self.actor = actor or Actor(sizes)
         draw = draw or DRAW(sizes)
         self.encoder = draw.encoder
@@ -377,8 +378,9 @@ class Policy(nn.Module):
         device = next(self.parameters()).device
         image = torch.as_tensor(image, device=device)
         vector = torch.as_tensor(vector, device=device)
-        z = sample_onehot(self.posterior(self.encoder(image, vector)).exp())
-        return self.actor(z).sample().clamp(-1, 1).cpu().numpy()
+        q = self.posterior(self.encoder(image, vector)).exp()
+        action = self.actor(q).mean if self.by_mean else self.actor(sample_onehot(q)).sample()
+        return action.clamp(-1, 1).cpu().numpy()
 
 
 class Encoder(nn.Module):
@@ -752,6 +754,7 @@ def load_policy(path, device="cpu"):
     checkpoint = load_checkpoint(path, ("train_policy",), device)
     sizes = checkpoint["sizes"]
     policy = load_module(checkpoint, "policy", lambda: Policy(Sizes(**sizes)), device)
+    policy.by_mean = bool(checkpoint.get("by_mean", False))
     return policy.to(memory_format=torch.channels_last)  # the faster one for a single image
 
 

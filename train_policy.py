@@ -1,21 +1,23 @@
-"""Stage 3: train a policy in imagination, under the source's or the rectified dynamics; evaluate it.
+"""Stage 3: train a policy in imagination, under the source's or the rectified dynamics.
 
 No environment is needed to train. Trajectories start from posterior states of a dataset and follow
 
-    a_t ~ pi(z_t)                                           the actor
-    u_{t+1} = f(z_t, sigma_t, a_t) + e_{t+1}                the rectified dynamics
-    sigma_{t+1} = softmax(u_{t+1}),   z_{t+1} ~ p
+    a_t ~ pi(z_t)                                     the actor
+    u_{t+1} = f(z_t, sigma_t, a_t) + e_{t+1}          the rectified dynamics
+    sigma_{t+1} = softmax(u_{t+1}),   z_{t+1} ~ p     the next belief and state
 
-for H steps. Then, as in stage 1,
+for H steps. There are two ways to learn from them. --learn reinforce is the paper's:
 
     R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),   R_H = v_H
     w_t = prod_{1 <= k <= t} gamma c_k
     actor:   -w_t (log pi(a_t | z_t) sg((R_t - v_t) / scale) + entropy_weight * entropy)
     critic:  -w_t (log p(R_t) + log p(mean of the slow critic))
 
-r and c: predicted reward and continue of ARRIVING at a state; v: the critic's mean; the slow critic
-follows the critic by 2 % an update; scale = max(return_floor, range of the returns from the 5th to
-the 95th percentile, averaged over some 100 updates); sg: stop-gradient. Other symbols: common.py.
+r and c: predicted reward and continue of ARRIVING at a state; v: critic's mean; sg: stop-gradient;
+the slow critic follows the critic by 2 % an update; scale = max(return_floor, range of the returns
+from the 5th to the 95th percentile, averaged over some 100 updates). --learn search is this
+project's, for laptops: of several trajectories from one state the best one teaches; see `search`.
+All other symbols: common.py.
 
     python train_policy.py laptop --checkpoint runs/adapted/best.pt \
         --dataset runs/adapted/dataset.npz --eval-env-ids redraw/PendulumSwingupReversed-v0 \
@@ -29,6 +31,7 @@ import dataclasses
 import json
 import math
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +40,6 @@ import torch
 import tyro
 from scipy import stats
 from torch import nn
-from torch.func import functional_call
 from tqdm import tqdm
 
 from common import (
@@ -92,41 +94,58 @@ class Args:
     length: int = 64  # T, steps of a sequence
     starts: int = 341  # imagined trajectories an update, from states of these sequences
     rewarded: float = 0.0  # share of the sequences that begin where unusual reward is predicted
+    restart: float = 1.0  # share of trajectories that start anew; the others go on where they ended
     horizon: int = 40  # H
+    least_reward: float = 0.0  # predicted rewards nearer to 0 count as 0: their sum can mislead
     gamma: float = 1 - 1 / 333  # larger: rewards farther away count
-    lam: float = 0.95  # lambda; larger: returns rest on imagined rewards, smaller: on the critic
-    entropy: float = 3e-4  # weight of the policy's entropy; larger: more random for longer
     lr: float = 3e-5
     decay: bool = False  # the learning rate falls to zero along a cosine: a run ends settled
     return_floor: float = 1.0  # least scale of returns; smaller: small rewards count more
-    actor_grad: Literal["reinforce", "dynamics"] = "reinforce"  # dynamics: through the world model
-    pessimism: float = 0.0  # imagined reward less so many times the disagreement of the members
     warm_start: Literal["none", "critic", "both"] = "none"  # begin with stage 1's critic and actor
+
+    # How actor and critic learn
+    learn: Literal["reinforce", "search"] = "reinforce"
+    lam: float = 0.95  # reinforce: lambda; larger: returns rest on rewards, smaller: on the critic
+    entropy: float = 3e-4  # reinforce: weight of the entropy; larger: more random for longer
+    candidates: int = 8  # search: trajectories from each start; more: better teachers, slower
+    steps: int = 6  # search: gradient steps an update, from the last 20 updates' lessons
 
 
 LAPTOP = Args(
     checkpoint=tyro.MISSING,
     dataset=tyro.MISSING,
+    save_every=100,
+    log_every=20,
     eval_every=0,
     eval_episodes=40,
-    updates=3000,
+    # imagination
+    updates=500,
     batch=64,
     length=2,
-    starts=128,
-    rewarded=0.1,
+    starts=64,
+    rewarded=0.1,  # rewards are rare
+    restart=0.3,  # states farther from the data are seen too
     horizon=15,
+    least_reward=0.02,
     gamma=0.99,
-    lr=5e-4,
+    lr=1e-3,
     decay=True,
-    return_floor=0.01,
+    return_floor=0.1,
+    learn="search",
 )
 DUCKIETOWN = dataclasses.replace(
     LAPTOP,
     eval_episodes=10,
+    save_every=1000,
+    log_every=100,
     updates=2000,
-    rewarded=0.0,
+    starts=128,
+    rewarded=0.0,  # the reward is dense
+    restart=1.0,
+    least_reward=0.0,
     gamma=0.95,
-    return_floor=0.1,
+    lr=5e-4,
+    learn="reinforce",
 )
 PRESETS = {
     "laptop": ("minutes on two CPU cores", LAPTOP),
@@ -139,13 +158,15 @@ PRESETS = {
 
 
 def imagine(actor, dynamics, z, sigma, horizon):
-    """Trajectories that follow the actor and the dynamics from z, sigma (B, S, K).
+    """Sampled trajectories of the actor and the dynamics from z, sigma (B, S, K).
 
     Returns: z_0 .. z_H and sigma_0 .. sigma_H (H+1, B, S, K), a_0 .. a_{H-1} (H, B, A).
     """
-    zs, sigmas, actions = [z], [sigma], []
+    zs = [z]
+    sigmas = [sigma]
+    actions = []
     for _ in range(horizon):
-        action = actor(z.detach()).rsample()  # (B, A)
+        action = actor(z).sample()  # (B, A)
         sigma = softmax(dynamics(z, sigma, action))  # (B, S, K)
         z = sample_onehot(dynamics.prior(sigma))
         zs.append(z)
@@ -157,8 +178,8 @@ def imagine(actor, dynamics, z, sigma, horizon):
 def lambda_returns(reward, discount, value, lam):
     """R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),   R_H = v_H
 
-    reward, discount (H, B): r_1 .. r_H and gamma c_1 .. gamma c_H; value (H+1, B): v_0 .. v_H.
-    Returns R_0 .. R_{H-1}, (H, B).
+    Args: reward, discount (H, B): r_1 .. r_H, gamma c_1 .. gamma c_H; value (H+1, B): v_0 .. v_H.
+    Returns: R_0 .. R_{H-1}, (H, B).
     """
     R = value[-1]
     returns = []
@@ -168,56 +189,44 @@ def lambda_returns(reward, discount, value, lam):
     return torch.stack(returns[::-1])
 
 
-def actor_loss(args, pi, action, weight, returns, value, scale):
-    """-w_t (log pi(a_t | z_t) sg((R_t - v_t) / scale) + entropy_weight * entropy), a mean over all;
-    with actor_grad "dynamics" -w_t (R_t / scale + entropy_weight * entropy). All (H, B, ...)."""
-    if args.actor_grad == "reinforce":
-        log_pi = pi.log_prob(action.detach()).sum(-1)  # (H, B)
-        objective = log_pi * ((returns - value) / scale).detach()
-    else:
-        objective = returns / scale
+def actor_loss(pi, action, advantage, weight, entropy_weight):
+    """-w_t (log pi(a_t | z_t) sg((R_t - v_t) / scale) + entropy_weight * entropy), mean of (H, B);
+    advantage: (R_t - v_t) / scale"""
+    log_pi = pi.log_prob(action).sum(-1)  # (H, B)
     entropy = pi.entropy().sum(-1)  # (H, B)
-    return -(weight * (objective + args.entropy * entropy)).mean()
+    return -(weight * (log_pi * advantage + entropy_weight * entropy)).mean()
 
 
-def critic_loss(logits, slow_logits, weight, returns):
-    """-w_t (log p(R_t) + log p(mean of the slow critic)), a mean over all (H, B, ...)"""
-    log_p = twohot_log_prob(logits, returns.detach())
-    log_p_slow = twohot_log_prob(logits, twohot_mean(slow_logits).detach())
+def critic_loss(logits, slow_logits, returns, weight):
+    """-w_t (log p(R_t) + log p(mean of the slow critic)), mean of (H, B)"""
+    log_p = twohot_log_prob(logits, returns)
+    log_p_slow = twohot_log_prob(logits, twohot_mean(slow_logits))
     return -(weight * (log_p + log_p_slow)).mean()
 
 
-def actor_critic_losses(args, draw, dynamics, policy, z, sigma, alive, reward_of):
-    """The two losses of imagined trajectories.
+def reinforce(args, draw, dynamics, policy, z, sigma, alive, reward_of):
+    """The two losses of sampled trajectories.
 
     Args: dynamics: a Rectified; policy: an ActorCritic; z, sigma (B, S, K), where to start;
         alive (B,), 0 where a start is terminal, else 1; reward_of(z_t, sigma_t, a_t, z_{t+1}).
-    Returns: loss (), the sum of the actor's and the critic's; metrics; the new range of returns ().
+    Returns: loss (), actor's and critic's; metrics; the new range of returns (); z_H and sigma_H.
     """
-    # REINFORCE needs no gradient through the imagination.
-    with torch.set_grad_enabled(args.actor_grad == "dynamics"):
+    with torch.no_grad():
         zs, sigmas, action = imagine(policy.actor, dynamics, z, sigma, args.horizon)
         reward = reward_of(zs[:-1], sigmas[:-1], action, zs[1:])  # (H, B)
         discount = args.gamma * draw.cont(zs[1:])  # (H, B)
-    weight = torch.cat([alive[None], alive * discount[:-1].detach().cumprod(0)])  # (H, B)
-
-    logits = policy.critic(zs.detach())  # (H+1, B, BINS)
-    value = twohot_mean(logits).detach()  # (H+1, B)
-    if args.actor_grad == "dynamics":
-        # The same values, with a gradient to the states, but none to the critic's weights.
-        weights = {name: weight.detach() for name, weight in policy.critic.named_parameters()}
-        value = twohot_mean(functional_call(policy.critic, weights, zs))
-    returns = lambda_returns(reward, discount, value, args.lam)  # (H, B)
-    percentiles = torch.tensor([0.05, 0.95], device=z.device)
-    low, high = torch.quantile(returns.detach(), percentiles)
-    new_range = 0.99 * policy.range + 0.01 * (high - low)
-    scale = new_range.clamp(min=args.return_floor)
-
-    pi = policy.actor(zs[:-1].detach())
-    loss_actor = actor_loss(args, pi, action, weight, returns, value[:-1], scale)
-    with torch.no_grad():
+        weight = torch.cat([alive[None], alive * discount[:-1].cumprod(0)])  # (H, B)
+        value = twohot_mean(policy.critic(zs))  # (H+1, B)
+        returns = lambda_returns(reward, discount, value, args.lam)  # (H, B)
+        low, high = torch.quantile(returns, torch.tensor([0.05, 0.95], device=z.device))
+        new_range = 0.99 * policy.range + 0.01 * (high - low)
+        scale = new_range.clamp(min=args.return_floor)
+        advantage = (returns - value[:-1]) / scale
         slow_logits = policy.slow_critic(zs[:-1])
-    loss_critic = critic_loss(logits[:-1], slow_logits, weight, returns)
+
+    pi = policy.actor(zs[:-1])
+    loss_actor = actor_loss(pi, action, advantage, weight, args.entropy)
+    loss_critic = critic_loss(policy.critic(zs[:-1]), slow_logits, returns, weight)
     metrics = {
         "return": returns.mean(),
         "reward": reward.mean(),
@@ -225,7 +234,79 @@ def actor_critic_losses(args, draw, dynamics, policy, z, sigma, alive, reward_of
         "scale": scale,
         "critic_loss": loss_critic,
     }
-    return loss_actor + loss_critic, metrics, new_range
+    return loss_actor + loss_critic, metrics, new_range, (zs[-1], sigmas[-1])
+
+
+@torch.no_grad()
+def search(args, draw, dynamics, policy, z, sigma, reward_of):
+    """`candidates` trajectories from each start; the best one is what actor and critic learn from.
+
+    They are imagined without samples: z_t is the prior p(z_t | ...) itself. Candidate 0 follows the
+    actor's mean. The others add noise, of deviation 0.3 to 1, that lasts 8 steps on average.
+
+        R_t = r_{t+1} + gamma c_{t+1} R_{t+1},   R_H = v_H of the slow critic
+        gain = (R_0 of the best - R_0 of candidate 0) / |R_0 of candidate 0|
+        w_t = min(1, gain / 0.05) for t < 5, else 0
+
+    Args: z, sigma (B, S, K), where to start; the others as of `reinforce`.
+    Returns: lessons z_t, a_t, R_t, w_t of the best candidates, (H B, ...); metrics; z_H and sigma_H
+        of the best or of candidate 0, by chance.
+    """
+    B, M = len(z), args.candidates
+    z = z.repeat_interleave(M, 0)  # (B M, S, K)
+    sigma = sigma.repeat_interleave(M, 0)
+    deviation = torch.cat([torch.zeros(1), torch.linspace(0.3, 1.0, M - 1)]).to(z.device)
+    deviation = deviation.repeat(B)[:, None]  # (B M, 1)
+    noise = torch.randn(B * M, draw.sizes.action_size, device=z.device)
+    zs = [z]
+    sigmas = [sigma]
+    actions = []
+    for _ in range(args.horizon):
+        renewed = torch.rand(B * M, 1, device=z.device) < 1 / 8
+        noise = torch.where(renewed, torch.randn_like(noise), noise)
+        action = (policy.actor(z).mean + deviation * noise).clamp(-1.0, 1.0)
+        sigma = softmax(dynamics(z, sigma, action))
+        z = dynamics.prior(sigma)
+        zs.append(z)
+        sigmas.append(sigma)
+        actions.append(action)
+    zs = torch.stack(zs)  # (H+1, B M, S, K)
+    sigmas = torch.stack(sigmas)
+    actions = torch.stack(actions)  # (H, B M, A)
+    reward = reward_of(zs[:-1], sigmas[:-1], actions, zs[1:])  # (H, B M)
+    discount = args.gamma * draw.cont(zs[1:])
+    value = twohot_mean(policy.slow_critic(zs))  # (H+1, B M)
+    returns = lambda_returns(reward, discount, value, lam=1.0)  # (H, B M)
+
+    R_0 = returns[0].view(B, M)
+    first = torch.arange(B, device=z.device) * M  # candidate 0 of each start
+    best = first + R_0.argmax(1)
+    gain = (R_0.amax(1) - R_0[:, 0]) / R_0[:, 0].abs().clamp(min=args.return_floor)
+    w = (gain / 0.05).clamp(max=1.0).repeat(args.horizon, 1)  # (H, B)
+    w[5:] = 0.0
+    lessons = {"z": zs[:-1, best], "a": actions[:, best], "R": returns[:, best], "w": w}
+    lessons = {name: value.flatten(0, 1) for name, value in lessons.items()}
+    metrics = {"return": R_0[:, 0].mean(), "best_return": R_0.amax(1).mean()}
+    metrics |= {"reward": reward.mean(), "gain": gain.clamp(max=1.0).mean()}
+    ends = torch.where(torch.rand(B, device=z.device) < 0.5, best, first)
+    return lessons, metrics, (zs[-1, ends], sigmas[-1, ends])
+
+
+def lesson_loss(policy, z, a, R, w):
+    """w_t (mean of pi(z_t) - a_t)^2 - log p(R_t), mean of (n,); the arguments are lessons."""
+    error = ((policy.actor(z).mean - a) ** 2).sum(-1)
+    return (w * error - twohot_log_prob(policy.critic(z), R)).mean()
+
+
+def gradient_step(optimizer, loss, clip):
+    """One step down the gradient, whose norm is cut at `clip` for each parameter group; returns the
+    sum of the norms before the cut."""
+    optimizer.zero_grad()
+    loss.backward()
+    groups = [group["params"] for group in optimizer.param_groups]
+    norm = sum(nn.utils.clip_grad_norm_(group, clip) for group in groups)
+    optimizer.step()
+    return norm
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -245,75 +326,64 @@ def main(args):
     data = encode(draw, dataset, device)
     del dataset
 
-    policy = start_of(args, checkpoint, draw.sizes).to(device)
+    policy = begin_policy(args, checkpoint, draw.sizes).to(device)
     groups = [{"params": list(net.parameters())} for net in (policy.actor, policy.critic)]
     adam = torch.optim.Adam(groups, args.lr, eps=1e-5, fused=True)
-    deployed = Policy(draw.sizes, draw, policy.actor)
+    deployed = Policy(draw.sizes, draw, policy.actor, by_mean=args.learn == "search")
     run = Run(args.run_dir or f"runs/policy-{args.seed}", args, [args.checkpoint, args.dataset])
     modules = {"policy": policy, "adam": adam}
     saved = run.resume(modules)
     begin = saved.get("update", 0)
-    losses = torch.compile(actor_critic_losses) if args.compile else actor_critic_losses
+    memory = deque(saved.get("memory", []), maxlen=20)
+    reinforce_losses = torch.compile(reinforce) if args.compile else reinforce
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
     def reward_of(z, sigma, action, z_next):
-        return draw.reward(z_next)
+        reward = draw.reward(z_next)
+        return torch.where(reward.abs() < args.least_reward, 0.0, reward)
 
     start_time = time.time()
-    bar = tqdm(
-        range(begin + 1, args.updates + 1), initial=begin, total=args.updates, unit="update",
-        mininterval=1.0,
-    )  # fmt: skip
-    for update in bar:
+    ends = saved.get("ends")
+    bar = tqdm(total=args.updates, initial=begin, unit="update", mininterval=1.0)
+    for update in range(begin + 1, args.updates + 1):
         set_learning_rate(args, adam, update)
-        z, sigma, alive = start_states(args, draw, rectified, data)
-        with autocast:
-            loss, metrics, policy.range = losses(
-                args, draw, rectified, policy, z, sigma, alive, reward_of
-            )
-        adam.zero_grad()
-        loss.backward()
-        norms = [nn.utils.clip_grad_norm_(group["params"], 100.0) for group in groups]
-        adam.step()
-        policy.update_slow_critic()
+        z, sigma, alive = start_states(args, draw, rectified, data, ends)
+        if args.learn == "reinforce":
+            with autocast:
+                loss, metrics, policy.range, ends = reinforce_losses(
+                    args, draw, rectified, policy, z, sigma, alive, reward_of
+                )
+            metrics["grad_norm"] = gradient_step(adam, loss, 100.0)
+            policy.update_slow_critic()
+        else:
+            lessons, metrics, ends = search(args, draw, rectified, policy, z, sigma, reward_of)
+            memory.append(lessons)
+            for _ in range(args.steps):
+                lessons = memory[torch.randint(len(memory), ())]
+                pick = torch.randperm(len(lessons["w"]), device=device)[:512]
+                some = {name: value[pick] for name, value in lessons.items()}
+                metrics["loss"] = lesson_loss(policy, **some)
+                metrics["grad_norm"] = gradient_step(adam, metrics["loss"], 100.0)
+                policy.update_slow_critic(0.05)
+        bar.update()
 
         if update % args.log_every == 0:
-            metrics = {f"policy/{name}": value for name, value in metrics.items()}
-            shown = run.log(update, metrics | {"policy/grad_norm": sum(norms)})
-            warn(run, args, shown, draw.sizes)
+            shown = run.log(update, {f"policy/{name}": value for name, value in metrics.items()})
+            warn(run, shown, draw.sizes)
             bar.set_postfix_str(
-                f"imagined return {shown['policy/return']:.3g} reward {shown['policy/reward']:.3g} "
-                f"entropy {shown['policy/entropy']:.2f}"
+                f"imagined return {shown['policy/return']:.3g} reward {shown['policy/reward']:.3g}"
             )
         if args.eval_every and update % args.eval_every == 0 and update < args.updates:
-            for env_id in args.eval_env_ids:
-                returns, frames = evaluate(args, env_id, deployed)
-                run.log(update, {f"eval/{env_id}": returns.mean()})
-                film(run, update, env_id, frames)
-                bar.write(f"update {update}: {env_id} return {returns.mean():.4g}")
+            evaluate_all(args, run, update, deployed)
         if run.interrupted or update % args.save_every == 0 or update == args.updates:
-            run.save(update, modules, update=update)
+            run.save(update, modules, update=update, ends=ends, memory=list(memory))
+    bar.close()
 
-    run.write(
-        "policy.pt",
-        stage="train_policy",
-        args=dataclasses.asdict(args),
-        sizes=checkpoint["sizes"],
-        policy=deployed.state_dict(),
-    )
+    contents = {"args": dataclasses.asdict(args), "sizes": checkpoint["sizes"]}
+    contents |= {"policy": deployed.state_dict(), "by_mean": deployed.by_mean}
+    run.write("policy.pt", stage="train_policy", **contents)
     print(f"wrote {run.dir}/policy.pt after {time.time() - start_time:.0f} s")
-    results = {}
-    films = {}
-    for env_id in args.eval_env_ids:
-        returns, films[env_id] = evaluate(args, env_id, deployed)
-        mean, half = mean_and_interval(returns)
-        results[env_id] = {"mean": mean, "ci95": half, "returns": returns.tolist()}
-        text = json.dumps(results, indent=1).encode()
-        write_atomically(run.dir / "eval.json", lambda file, text=text: file.write(text))
-        run.log(args.updates, {f"eval/{env_id}": mean})
-        print(f"{env_id}: return {mean:.4g} +- {half:.2g} (95 % interval, {len(returns)} episodes)")
-    for env_id, frames in films.items():
-        film(run, args.updates, env_id, frames)
+    evaluate_all(args, run, args.updates, deployed)
     run.close()
 
 
@@ -328,8 +398,10 @@ def check(args):
     check_range(args, 1, args.batch * args.length, "starts")
     check_range(args, 2, 65536, "eval_episodes")  # an interval needs two
     check_range(args, 2, 10**12, "dataset_rows")
-    check_range(args, 0, 10**9, "entropy", "eval_every", "pessimism")
-    check_range(args, 0, 1, "lr", "rewarded", "gamma", "lam")
+    check_range(args, 0, 10**9, "entropy", "eval_every", "least_reward")
+    check_range(args, 2, 1000, "candidates")
+    check_range(args, 1, 1000, "steps")
+    check_range(args, 0, 1, "lr", "rewarded", "restart", "gamma", "lam")
 
 
 @torch.no_grad()
@@ -349,9 +421,10 @@ def encode(draw, dataset, device, chunk=1024):
 
 
 @torch.no_grad()
-def start_states(args, draw, rectified, data):
+def start_states(args, draw, rectified, data, ends):
     """z and sigma (starts, S, K), states along replayed sequences, sigma the rectified belief; and
-    alive (starts,), 0 where the state is terminal: nothing follows it."""
+    alive (starts,), 0 where the state is terminal: nothing follows it. A share 1 - restart is where
+    the last imagination ended, `ends` (z, sigma)."""
     device = data["log_q"].device
     last = len(data["is_first"]) - args.length
     begin = torch.randint(0, last + 1, (args.batch,), device=device)
@@ -361,12 +434,21 @@ def start_states(args, draw, rectified, data):
     t = begin[:, None] + torch.arange(args.length, device=device)  # (B, T)
     z = sample_onehot(data["log_q"][t].exp())  # (B, T, S, K)
     sigma = softmax(draw.observe(z, data["action"][t], data["is_first"][t], rectified))
-    alive = 1.0 - data["is_terminal"][t].float()  # (B, T)
+    if args.learn == "search":
+        z = data["log_q"][t].exp()  # no samples
     pick = torch.randperm(args.batch * args.length, device=device)[: args.starts]
-    return z.flatten(0, 1)[pick], sigma.flatten(0, 1)[pick], alive.flatten()[pick]
+    z = z.flatten(0, 1)[pick]
+    sigma = sigma.flatten(0, 1)[pick]
+    alive = 1.0 - data["is_terminal"][t].flatten()[pick].float()
+    if ends is not None and args.restart < 1.0:
+        on = torch.rand(len(z), device=device) >= args.restart
+        z = torch.where(on[:, None, None], ends[0], z)
+        sigma = torch.where(on[:, None, None], ends[1], sigma)
+        alive = torch.where(on, 1.0, alive)
+    return z, sigma, alive
 
 
-def start_of(args, checkpoint, sizes):
+def begin_policy(args, checkpoint, sizes):
     """A new ActorCritic, or with --warm-start one with the source's critic, or critic and actor"""
     policy = ActorCritic(sizes)
     prefix = "task" if checkpoint["stage"] == "draw_pretrain" else "source"
@@ -384,11 +466,11 @@ def set_learning_rate(args, optimizer, update):
         group["lr"] = args.lr * fall
 
 
-def warn(run, args, shown, sizes):
-    """What usually goes wrong, in words, once each"""
+def warn(run, shown, sizes):
+    """What usually goes wrong, in words, once"""
     run.warn(
         # The actor's least deviation, 0.1, has an entropy of -0.88 per action.
-        shown["policy/entropy"] < -0.8 * sizes.action_size,
+        shown.get("policy/entropy", 0.0) < -0.8 * sizes.action_size,
         "the policy's entropy is at its floor: it has stopped exploring; try a larger --entropy or "
         "--return-floor, or a smaller --lr",
     )
@@ -428,10 +510,24 @@ def evaluate(args, env_id, policy, most_frames=500):
     return np.array(returns[: args.eval_episodes]), np.stack(frames)
 
 
-def film(run, update, env_id, frames):
-    """The frames, four times as large, as a film named after the environment"""
-    name = env_id.split("/")[-1].split(":")[-1]
-    run.video(update, name, frames.repeat(4, 1).repeat(4, 2))
+def evaluate_all(args, run, update, policy):
+    """Episodes in each environment: eval.json, the log, and then films"""
+    results = {}
+    films = {}
+    for env_id in args.eval_env_ids:
+        returns, films[env_id] = evaluate(args, env_id, policy)
+        mean, half = mean_and_interval(returns)
+        results[env_id] = {"mean": mean, "ci95": half, "returns": returns.tolist()}
+        text = json.dumps(results, indent=1).encode()
+        write_atomically(run.dir / "eval.json", lambda file, text=text: file.write(text))
+        run.log(update, {f"eval/{env_id}": mean})
+        tqdm.write(
+            f"update {update}: {env_id}: return {mean:.4g} +- {half:.2g} "
+            f"(95 % interval, {len(returns)} episodes)"
+        )
+    for env_id, frames in films.items():
+        name = env_id.split("/")[-1].split(":")[-1]
+        run.video(update, name, frames.repeat(4, 1).repeat(4, 2))
 
 
 def mean_and_interval(returns):
