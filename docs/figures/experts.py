@@ -1,17 +1,18 @@
 """The yardsticks: what random actions and the best known controller return in each environment.
 
 The four pairs of DeepMind Control tasks are solved here from the true state, which the world model
-never sees. The pendulum has an analytic controller: pump energy until it suffices to reach the top,
-then balance. The other tasks have an actor trained by SAC (stable-baselines3). Where the target
-reverses the actions, its expert is the source's with the sign of the action changed, which is
-exact. Where the target has wind or a torque, SAC goes on from the source's networks.
+never sees. Two tasks have an analytic controller: for the pendulum, pump energy until it suffices
+to reach the top, then balance; for the reacher, compute the angles that reach the target, and go
+there. The other two have an actor trained by SAC (sbx-rl, stable-baselines3 in JAX), which goes on
+in the target, with its wind or torque, from the source's networks. Where the target reverses the
+actions, its expert is the source's with the sign of the action changed, which is exact.
 
     python docs/figures/experts.py evaluate
 
 runs 40 episodes each and writes experts.csv beside this file. `train` trains the actors anew, they
 are kept in experts/ with the return during training. `record` writes data of an expert acting in a
 target: images, velocities and actions, without rewards, as demonstrations for redraw_adapt.py.
-Only `train` needs stable-baselines3 (requirements.txt beside this file).
+Only `train` needs sbx-rl (requirements.txt beside this file).
 """
 
 import csv
@@ -40,6 +41,7 @@ COLUMNS = ("env_id", "controller", "episodes", "mean", "ci95", "worst", "seed", 
 CHECK_EVERY = 10_000  # steps of training between two looks at the return
 INERTIA = 0.251  # of the pendulum, kg m^2
 WEIGHT = 4.905  # mass * gravity * length of the pendulum, N·m
+LINK = 0.12  # length of either link of the reacher, m
 HOLD = 16  # steps for which a random action of `record` is held
 
 
@@ -53,18 +55,31 @@ def true_state(env):
     return np.concatenate([np.ravel(part) for part in parts]).astype(np.float32)
 
 
-class TrueState(gym.ObservationWrapper):
-    """The environment with the true state as its observation; nothing is rendered."""
+class TrueState(gym.Wrapper):
+    """The environment with the true state as its observation; nothing is rendered.
 
-    def __init__(self, env_id):
+    For training, `guided` takes twice the distance to the target from the finger's reward, which is
+    0 almost everywhere else; that distance, in m, is the last number of its state.
+    """
+
+    def __init__(self, env_id, guided=False):
         super().__init__(gym.make(env_id))
         # An image costs more time than the physics and an update of SAC together.
         self.unwrapped.render = lambda: None
+        self.guided = guided
         size = true_state(self).size
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
 
-    def observation(self, observation):
-        return true_state(self)
+    def reset(self, **kwargs):
+        _, info = self.env.reset(**kwargs)
+        return true_state(self), info
+
+    def step(self, action):
+        _, reward, terminated, truncated, info = self.env.step(action)
+        state = true_state(self)
+        if self.guided:
+            reward -= 2.0 * max(float(state[-1]), 0.0)
+        return state, reward, terminated, truncated, info
 
 
 # ---- Controllers: functions from the true state to an action in [-1, 1] ------------------------
@@ -81,6 +96,27 @@ def energy_shaping(state):
     energy = 0.5 * INERTIA * speed**2 + WEIGHT * cos
     direction = 1.0 if speed >= 0.0 else -1.0
     return np.clip([10.0 * direction * (wanted - energy)], -1.0, 1.0)
+
+
+def inverse_kinematics(state):
+    """The reacher: state (angles (2,), finger to target (2,), speeds (2,)) -> torques (2,).
+
+    Two links of one length reach a point with the elbow on either side; the angles that ask for the
+    shorter way are approached in proportion to what is missing.
+    """
+    shoulder, wrist = state[:2]
+    directions = np.array([shoulder, shoulder + wrist])
+    finger = LINK * np.array([np.cos(directions).sum(), np.sin(directions).sum()])
+    target = finger + state[2:4]
+    bend = np.arccos(np.clip(target @ target / (2.0 * LINK**2) - 1.0, -1.0, 1.0))
+    ways = []
+    for wanted_wrist in (bend, -bend):
+        wanted_shoulder = np.arctan2(target[1], target[0]) - wanted_wrist / 2.0
+        # The shoulder turns without end, the wrist does not.
+        turn = (wanted_shoulder - shoulder + np.pi) % (2.0 * np.pi) - np.pi
+        ways.append(np.array([turn, wanted_wrist - wrist]))
+    shorter = min(ways, key=lambda way: np.abs(way).max())
+    return np.clip(3.0 * shorter - 0.3 * state[4:6], -1.0, 1.0)
 
 
 def actor_file(env_id):
@@ -105,19 +141,17 @@ def actor(arrays):
     return act
 
 
-def trained_in(env_id):
-    """The environment whose expert serves here too: with reversed actions that is the source."""
-    return env_id.replace("Reversed", "")
-
-
 def load_expert(env_id):
-    """The best known controller of an environment."""
-    if env_id != trained_in(env_id):
-        source = load_expert(trained_in(env_id))
-        return lambda state: -source(state)
+    """The best known controller of an environment: its name, itself, its steps of training."""
+    if "Reversed" in env_id:
+        name, source, steps = load_expert(env_id.replace("Reversed", ""))
+        return name, lambda state: -source(state), steps
     if "Pendulum" in env_id:
-        return energy_shaping
-    return actor(load_arrays(env_id))
+        return "energy shaping", energy_shaping, 0
+    if "Reacher" in env_id:
+        return "inverse kinematics", inverse_kinematics, 0
+    arrays = load_arrays(env_id)
+    return "SAC on the true state", actor(arrays), int(arrays["steps"])
 
 
 def random_actions(env_id, seed):
@@ -177,11 +211,11 @@ def train_one(model, env_id, steps, seed):
 def four_copies(env_id):
     from stable_baselines3.common.vec_env import DummyVecEnv
 
-    return DummyVecEnv([lambda: TrueState(env_id)] * 4)
+    return DummyVecEnv([lambda: TrueState(env_id, guided="Finger" in env_id)] * 4)
 
 
 def train(
-    pair: Literal["cup", "finger", "reacher"],
+    pair: Literal["cup", "finger"],
     steps: int = 100_000,
     target_steps: int = 50_000,
     seed: int = 0,
@@ -191,7 +225,7 @@ def train(
     Args:
         pair: which pair
         steps: steps of training in the source
-        target_steps: further ones in the target, where its actions are not just reversed
+        target_steps: further ones in the target
         seed: of everything random
     """
     import sbx
@@ -209,11 +243,10 @@ def train(
         seed=seed,
     )
     train_one(model, source, steps, seed)
-    if "Reversed" not in target:
-        # What was replayed so far shows the source's dynamics.
-        model.replay_buffer.reset()
-        model.set_env(four_copies(target))
-        train_one(model, target, target_steps, seed)
+    # What was replayed so far shows the source's dynamics.
+    model.replay_buffer.reset()
+    model.set_env(four_copies(target))
+    train_one(model, target, target_steps, seed)
 
 
 def evaluate(
@@ -236,17 +269,8 @@ def evaluate(
             table = [line for line in csv.reader(file) if line[0] in ENV_IDS]
     table = [line for line in table if line[0] not in env_ids]
     for env_id in env_ids:
-        for name in ("random", "expert"):
-            steps = 0
-            if name == "random":
-                controller = random_actions(env_id, seed)
-            elif "Pendulum" in env_id:
-                name = "energy shaping"
-                controller = load_expert(env_id)
-            else:
-                name = "SAC on the true state"
-                controller = load_expert(env_id)
-                steps = load_arrays(trained_in(env_id))["steps"]
+        controllers = [("random", random_actions(env_id, seed), 0), load_expert(env_id)]
+        for name, controller, steps in controllers:
             returns = returns_of(controller, env_id, episodes, seed)
             quantile = scipy.stats.t.ppf(0.975, episodes - 1)
             half = quantile * returns.std(ddof=1) / np.sqrt(episodes)
@@ -277,7 +301,7 @@ def record(
         seed: of the first episode; each further one has the next
     """
     env = gym.make(env_id, image_size=image_size)
-    expert = load_expert(env_id)
+    _, expert, _ = load_expert(env_id)
     rng = np.random.default_rng(seed)
     data = {name: [] for name in ("image", "vector", "action", "is_first", "is_last")}
     while len(data["action"]) < rows:
