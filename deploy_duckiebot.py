@@ -353,6 +353,7 @@ class Keys:
         watched = args.robot != "sim" or self.steer or sys.stdin.isatty()
         self.fds = [sys.stdin.fileno()] if watched else []
         self.tty = watched and sys.stdin.isatty()
+        self.saved = None
         self.pressed = (0.0, 0.0)
         self.pressed_at = 0.0
 
@@ -381,7 +382,7 @@ class Keys:
             tty.setcbreak(self.fds[0], termios.TCSANOW)
 
     def stop(self):
-        if self.tty:
+        if self.saved:
             termios.tcsetattr(self.fds[0], termios.TCSADRAIN, self.saved)
 
     def wait(self, deadline):
@@ -565,9 +566,9 @@ class Link:
             self.lost = True
 
     def ask(self, service, key, **args):
-        """What a service of the robot lists under the key; nothing if it is silent for a second"""
+        """What a service of the robot lists under the key; nothing if it is silent for 3 s"""
         self.send(op="call_service", service=service, id=service, args=args)
-        end = time.monotonic() + 1
+        end = time.monotonic() + 3
         while service not in self.answers and time.monotonic() < end:
             time.sleep(0.005)
         with contextlib.suppress(KeyError, TypeError):
@@ -618,18 +619,15 @@ def watchdog(host, port, vehicle):
     patience = 0.5  # s; later more, for a bridge that was just started needs some time
     while not link.halt(True, patience):
         link.ws.close_socket()
-        try:
+        time.sleep(0.05)
+        with contextlib.suppress(Exception):
             link = Link(host, port, vehicle, 0.5)
             patience = min(2.0, patience * 1.5)
-        except Exception:
-            time.sleep(0.05)
     after = time.monotonic() - begun
     with contextlib.suppress(OSError):
         print("stopped", flush=True)
-    if after > 2:
-        print(
-            f"watchdog: the robot stands; it acknowledged that after {after:.0f} s", file=sys.stderr
-        )
+    if after > 2:  # the driver has given up
+        print(f"watchdog: the robot stands, as it says after {after:.0f} s", file=sys.stderr)
     os._exit(0)
 
 
@@ -893,8 +891,9 @@ class Duckiebot:
         print("stops it. Type arm and Enter:", flush=True)
         if self.keys.line() != "arm":
             raise UserError("not armed")
+        if self.flagged:
+            raise UserError("not armed: somebody set the robot's emergency stop meanwhile")
         self.link.publish(self.link.estop, data=False)
-        self.flagged = False
         self.foreign.clear()
         self.sent.clear()
         seen = self.frame

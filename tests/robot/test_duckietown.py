@@ -1,11 +1,10 @@
-"""The Duckietown task, in the real simulator. It can't render in one process with dm_control, so these tests have a process of their own:
-this file runs itself under pytest and reports what that found."""
+"""The Duckietown task, in the real simulator. It can't render in one process with dm_control, so
+these tests have a process of their own: this file runs itself under pytest and reports."""
 
 import base64
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +31,16 @@ if not CHILD:
 else:
     import cv2
     import gymnasium as gym
+    import imageio
     from fake_rosbridge import FakeRobot
     from helpers import user_error
+    from test_pipeline import ADAPT, POLICY, PRETRAIN, call
 
     import deploy_duckiebot as deploy
     import draw_pretrain
     import redraw_adapt
     import train_policy
     from common import Policy, Sizes, load_dataset, load_policy, make_envs, save_checkpoint
-    from test_pipeline import ADAPT, POLICY, PRETRAIN, call
 
     SOURCE, REVERSED, MISCALIBRATED = (
         f"redraw/Duckietown{name}-v0" for name in ("", "Reversed", "Miscalibrated")
@@ -71,7 +71,7 @@ else:
             obs, reward, _, truncated, info = env.step(np.array([1.0, np.clip(turn, -1, 1)]))
             seen.append((obs, reward, info))
         assert truncated == (steps == 200)
-        return zip(*seen)
+        return zip(*seen, strict=True)
 
     def test_quiet(capfd):
         done = subprocess.run(
@@ -124,7 +124,8 @@ else:
         vectors, _, infos = rollout(env, np.tile([1.0, 0.0], (30, 1)))
         duty = 0.25 / (0.0318 * 27)
         assert vectors[-1] == pytest.approx([0, 3 * duty / 5 / 0.6], abs=0.01)  # where 3 duty = 5 v
-        # Of the physics' three ticks in a step of 100 ms, two have the command when it comes 50 ms late.
+        # A step of 100 ms has three ticks of the physics; when the command comes 50 ms late, two
+        # of them have it.
         assert vectors[1, 1] == pytest.approx(3 * duty / 30 * (1 + (1 - 5 / 30)) / 0.6, rel=1e-3)
         turning, _, turned = rollout(env, np.tile([0.0, 0.4], (30, 1)))
         assert turning[-1, 0] == pytest.approx(
@@ -140,7 +141,7 @@ else:
             dist = np.array([i["dist"] for i in infos])
             assert np.abs(dist[50:]).max() < deploy.LANE_HALF and np.mean(rewards[50:]) > 0.1
             sides = []
-            for obs, info in zip(observations[50:], infos[50:]):
+            for obs, info in zip(observations[50:], infos[50:], strict=True):
                 r, g, b = obs["image"][40:].astype(int).transpose(2, 0, 1)
                 yellow = (r > 130) & (g > 110) & (b < 100)
                 if abs(info["angle"]) < 0.1 and yellow.sum() > 5:
@@ -151,7 +152,7 @@ else:
 
     def test_reward(env):
         obs, rewards, infos = drive(env, 1, 100)
-        for o, r, i in list(zip(obs, rewards, infos))[1:]:
+        for o, r, i in list(zip(obs, rewards, infos, strict=True))[1:]:
             yaw, v = o["vector"] * [1, 0.6]
             expected = min(v * np.cos(i["angle"]), 0.62) / 0.62 if abs(i["dist"]) < 0.07 else -1
             assert r == pytest.approx(expected - (0.5 * abs(yaw) if abs(v) > 0.12 else 0), abs=1e-5)
@@ -224,7 +225,7 @@ else:
                 image_size=16,
             )
         )
-        rows = load_dataset("target.npz", 16, 2, 2)
+        rows = load_dataset("target.npz", Sizes(image_size=16, vector_size=2, action_size=2))
         assert (
             len(rows["action"]) == 400
             and {0, 200} <= set(rows["is_first"].nonzero()[0].tolist())
@@ -275,7 +276,8 @@ else:
         words = capsys.readouterr().out.split()
         assert float(words[words.index("laps") - 1]) > 0.2
         assert float(words[words.index("step") + 1].strip(";")) > 0.1 and "0.0%" in words
-        rows = load_dataset(tmp_path / "out.npz")
+        sizes = Sizes(image_size=64, vector_size=2, action_size=2)
+        rows = load_dataset(tmp_path / "out.npz", sizes)
         # What the loop does to the simulator is what the environment's own step does.
         env = gym.make(SOURCE)
         env.reset(seed=1)
@@ -288,12 +290,13 @@ else:
                 drive="random", max_seconds=60.0, record=str(tmp_path / "out.npz"), image_size=16
             )
         )
-        starts = load_dataset(tmp_path / "out.npz")["is_first"].nonzero()[0]
+        sizes = Sizes(image_size=16, vector_size=2, action_size=2)
+        starts = load_dataset(tmp_path / "out.npz", sizes)["is_first"].nonzero()[0]
         assert len(starts) > 4 and {0, 200, 400} <= set(starts) and (np.diff(starts) >= 10).all()
 
     @pytest.mark.timing
     def test_robot_that_sees_the_simulator(tmp_path, monkeypatch):
-        """The robot's loop over rosbridge, with fisheye pictures that the simulator drew, and a policy of the right sizes"""
+        """The robot's loop, with fisheye pictures that the simulator drew and a real policy"""
         env, pictures = gym.make(SOURCE, distortion=True), []
         env.reset(seed=0)
         for _ in range(13):  # every third is seen, so all of them in turn
@@ -326,18 +329,26 @@ else:
         os.write(write, b"arm\n")
         out = str(tmp_path / "out.npz")
         with FakeRobot(pictures) as robot:
-            deploy.main(deploy.Args(robot="127.0.0.1", vehicle="duckie", port=robot.port, kinematics="default", checkpoint=str(tmp_path / "policy.pt"),
-                                    max_seconds=3.0, record=out))  # fmt: skip
+            flags = {"robot": f"127.0.0.1:{robot.port}", "vehicle": "duckie"}
+            flags |= {"kinematics": "default", "checkpoint": str(tmp_path / "policy.pt")}
+            deploy.main(deploy.Args(**flags, max_seconds=3.0, record=out))
             assert robot.moving() and robot.motors == (0, 0)
-        maps = types.SimpleNamespace(maps=deploy.undistortion(None), image_size=16)
-        expected = np.array([deploy.Duckiebot.picture(maps, data) for data in pictures])
-        seen = load_dataset(out, 16, 2, 2)["image"]
+        maps = deploy.undistortion(None)
+        expected = np.array([deploy.picture(data, maps, 16) for data in pictures])
+        seen = load_dataset(out, policy.sizes)["image"]
         numbers = [np.flatnonzero((expected == image).all((1, 2, 3))) for image in seen]
         assert len(seen) >= 25 and all(len(n) for n in numbers) and len({n[0] for n in numbers}) > 5
         sky, road = seen[:, :3].mean((0, 1, 2)), seen[:, 12:].mean((0, 1, 2))
         assert (
             sky[2] > sky[0] + 50 and abs(road[2] - road[0]) < 40
         )  # a blue sky above, a grey road below
+
+    def test_video(tmp_path, capsys):
+        video = tmp_path / "drive.gif"
+        deploy.main(deploy.Args(drive="expert", max_seconds=3.0, video=str(video)))
+        frames = imageio.mimread(video)
+        assert len(frames) == 30 and frames[0].shape[:2] == (120, 160)
+        assert np.abs(frames[0].astype(int) - frames[-1]).mean() > 3
 
     def test_simulator_in_real_time(capsys):
         deploy.main(deploy.Args(drive="expert", max_seconds=2.0, realtime=True))
