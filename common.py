@@ -12,7 +12,6 @@ The algorithms are not here but in the stages.
 """
 
 import ctypes
-import dataclasses
 import json
 import os
 import random
@@ -22,7 +21,7 @@ import sys
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import connection, parent_process
 from pathlib import Path
@@ -138,8 +137,7 @@ def twohot_log_prob(logits, x):
 
 @dataclass
 class Sizes:
-    """All sizes of a world model and its policy, kept in every checkpoint. Defaults: the paper's.
-    ValueError: a size is impossible; a stranger's checkpoint may say anything."""
+    """The sizes of a world model and its policy, kept in each checkpoint. Defaults: the paper's."""
 
     image_size: int = 64  # L, a power of two
     vector_size: int = 1  # V, 0 if there is no vector
@@ -157,12 +155,13 @@ class Sizes:
         for name, value in vars(self).items():
             least = {"vector_size": 0, "image_size": 16}.get(name, 1)
             odd = name == "image_size" and value not in (2**i for i in range(17))
+            # A stranger's checkpoint may say anything.
             if type(value) is not int or not least <= value <= 65536 or odd:
                 raise ValueError(f"{name} can't be {value!r}")
 
 
 class DRAW(nn.Module):
-    """DRAW, the world model with a discrete latent state and no recurrence in it.
+    """The world model, with a discrete latent state and no recurrence in it.
 
     posterior   q(z_t | x_t) = Categorical^S(unimix(MLP(embed_t)))
     dynamics    u_t = f(z_{t-1}, sigma_{t-1}, a_{t-1}),   sigma_t = softmax(u_t)
@@ -284,8 +283,8 @@ class Rectified(nn.Module):
         return self.f(z, sigma, action) if self.uses_f else torch.zeros_like(z)
 
     def residuals(self, z, action, sigma=None, base=None):
-        """e_t of each member, (members, ..., S, K), from z (..., S, K) and action (..., A) of step
-        t-1; if `inputs` asks for it sigma of t-1 or base, f's own logits of t, (..., S, K)."""
+        """e_t of each member, (members, ..., S, K), from z and action of step t-1; if `inputs` asks
+        for it, sigma of t-1 or base, f's own logits of t, (..., S, K)."""
         inputs = [z.flatten(-2), action / action.abs().clamp(min=1.0)]
         if self.inputs == "za+sigma":
             inputs.append(sigma.flatten(-2))
@@ -313,8 +312,7 @@ class Rectified(nn.Module):
 
 
 class Actor(nn.Module):
-    """pi(a | z) = Normal(tanh(mu), 0.9 sigmoid(s + 2) + 0.1), not squashed. From z alone, so that
-    a deployed policy needs no dynamics."""
+    """pi(a | z) = Normal(tanh(mu), 0.9 sigmoid(s + 2) + 0.1), not squashed."""
 
     def __init__(self, sizes):
         super().__init__()
@@ -351,20 +349,18 @@ class ActorCritic(nn.Module):
         self.register_buffer("range", torch.zeros(()))
 
     @torch.no_grad()
-    def update_slow_critic(self, rate=0.02):
-        """slow = (1 - rate) slow + rate critic, after each update"""
+    def update_slow_critic(self):
+        """slow = 0.98 slow + 0.02 critic, after each update"""
         for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters(), strict=True):
-            slow.lerp_(fast, rate)
+            slow.lerp_(fast, 0.02)
 
 
 class Policy(nn.Module):
-    """x_t -> a_t: encoder, posterior, actor, all that deployment needs. It shares the modules of a
-    given world model and actor. It samples z and a, or `by_mean` takes the mean of both."""
+    """x_t -> a_t, all that deployment needs: encoder, posterior and actor, shared with `draw`."""
 
-    def __init__(self, sizes, draw=None, actor=None, by_mean=False):
+    def __init__(self, sizes, draw=None, actor=None):
         super().__init__()
         self.sizes = sizes
-        self.by_mean = by_mean
         self.actor = actor or Actor(sizes)
         draw = draw or DRAW(sizes)
         self.encoder = draw.encoder
@@ -378,9 +374,8 @@ class Policy(nn.Module):
         device = next(self.parameters()).device
         image = torch.as_tensor(image, device=device)
         vector = torch.as_tensor(vector, device=device)
-        q = self.posterior(self.encoder(image, vector)).exp()
-        action = self.actor(q).mean if self.by_mean else self.actor(sample_onehot(q)).sample()
-        return action.clamp(-1, 1).cpu().numpy()
+        z = sample_onehot(self.posterior(self.encoder(image, vector)).exp())
+        return self.actor(z).sample().clamp(-1, 1).cpu().numpy()
 
 
 class Encoder(nn.Module):
@@ -480,8 +475,8 @@ def init_weights(layer, scale=1.0):
 
 
 def write_atomically(path, write):
-    """Calls write(file) on a temporary file, then renames it, so no half file is ever seen.
-    UserError: it can't be written; the old file stays."""
+    """Calls write(file) on a temporary file, then renames it. Fails with UserError and leaves the
+    old file as it was."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")
     # torch.save turns a full disk into a RuntimeError.
@@ -552,10 +547,9 @@ def read_rows(file, into):
         target = into[key]
         number = value.dtype == np.uint8 if key == "image" else value.dtype.kind in "biuf"
         if not number or value.shape != target.shape:
-            wanted = f"{key} must be {target.dtype} {target.shape}"
-            raise UserError(f"{file}: {wanted}; it is {value.dtype} {value.shape}")
-        # What is too large for float32 becomes infinite.
-        with np.errstate(over="ignore"):
+            it_is = f"it is {value.dtype} {value.shape}"
+            raise UserError(f"{file}: {key} must be {target.dtype} {target.shape}; {it_is}")
+        with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite
             target[:] = value
         if target.dtype == np.float32 and not np.isfinite(target).all():
             row = np.argwhere(~np.isfinite(target))[0][0]
@@ -564,10 +558,8 @@ def read_rows(file, into):
 
 
 def load_dataset(path, sizes, newest=None, actions_lead=False):
-    """Reads a dataset: a .npz file, or a folder of them, each the start of a new sequence.
-
-    Row t holds x_t and the action taken AT x_t (DreamerV3's convention). Unknown keys are ignored,
-    rewards are not read.
+    """Reads a dataset: a .npz file, or a folder of them, each the start of a new sequence. Row t
+    holds x_t and the action taken AT x_t (DreamerV3's convention). Other arrays are not read.
 
     Args: sizes, the Sizes that the arrays must have; newest: at most so many rows, from the end,
         without reading files before them; actions_lead: row t holds the action that LED to x_t.
@@ -607,17 +599,13 @@ def check_actions(path, action, first):
     """UserError if actions seem to be those that LED to their row; a warning if many are large."""
     last = np.roll(first, -1)
     if first.sum() >= 3 and not action[first][1:].any() and action[last].any():
-        raise UserError(
-            f"{path}: all first rows' actions are 0 and last rows' are not, so a row seems to hold "
-            "the action that LED to it, not the one taken AT it; --actions-lead reads such data"
-        )
-    largest = np.abs(action).max(-1)
-    share = np.mean(largest > 1.0 + 1e-6)
+        why = "all first rows' actions are 0, so rows seem to hold the action that LED to them"
+        raise UserError(f"{path}: {why}, not the one taken AT them; --actions-lead reads such data")
+    size = np.abs(action).max(-1)
+    share = np.mean(size > 1.0 + 1e-6)
     if share > 0.01:
-        print(
-            f"warning: {path}: {share:.0%} of the actions lie outside [-1, 1], up to "
-            f"{largest.max():.3g}, and are clipped; are they in other units?"
-        )
+        large = f"{share:.0%} of the actions lie outside [-1, 1], up to {size.max():.3g}"
+        print(f"warning: {path}: {large}, and are clipped; are they in other units?")
 
 
 class Replay:
@@ -673,11 +661,11 @@ class Replay:
             chunk = {key: data[env, rows] for key, data in self.data.items()}
             save_dataset(Path(folder) / f"env{env:03d}-{begin:010d}.npz", chunk)
         self.saved = self.added
-        begins = sorted({file.stem[7:] for file in Path(folder).glob("env*.npz")})
-        for begin, end in zip(begins[:-1], begins[1:], strict=True):
-            if int(end) <= self.added - len(self):
-                for file in Path(folder).glob(f"env*-{begin}.npz"):
-                    file.unlink()
+        files = sorted(Path(folder).glob("env*.npz"))
+        for file, newer in zip(files[:-1], files[1:], strict=True):
+            same_env = file.stem[:6] == newer.stem[:6]
+            if same_env and int(newer.stem[7:]) <= self.added - len(self):
+                file.unlink()
 
     def load(self, folder, added):
         """Reads back what `save` wrote by the time that `added` rows had been added. Less, if this
@@ -751,10 +739,8 @@ def load_rectified(checkpoint, draw, device="cpu"):
 
 def load_policy(path, device="cpu"):
     """The policy of a checkpoint of train_policy.py, ready to act."""
-    checkpoint = load_checkpoint(path, ("train_policy",), device)
-    sizes = checkpoint["sizes"]
-    policy = load_module(checkpoint, "policy", lambda: Policy(Sizes(**sizes)), device)
-    policy.by_mean = bool(checkpoint.get("by_mean", False))
+    file = load_checkpoint(path, ("train_policy",), device)
+    policy = load_module(file, "policy", lambda: Policy(Sizes(**file["sizes"])), device)
     return policy.to(memory_format=torch.channels_last)  # the faster one for a single image
 
 
@@ -762,17 +748,16 @@ def load_policy(path, device="cpu"):
 
 
 class DMCEnv(gym.Env):
-    """A DeepMind Control task through its stock camera, with optionally changed dynamics.
+    """A task of dm_control.suite through its stock camera, with optionally changed dynamics.
 
     Observation: image, uint8 (L, L, 3), and vector, float32 (V,), the velocities (rad/s, m/s);
     with `stack` image alone: the last `stack` frames in grey, uint8 (L, L, stack).
     Action: (A,) in [-1, 1], held for `action_repeat` frames of physics. The reward is that of the
     LAST frame, so 1000 frames return at most 500. Never terminal.
 
-    Args: domain, task: names in dm_control.suite; reverse_actions: apply -a instead of a;
-        wrench: (body, constant force in N and torque in N·m, 6 numbers); image_size: L, below 64
-        the 64-pixel image is averaged down; look: "stock", or "fast": without multisampling,
-        shadows and reflections, which take nine tenths of the time.
+    Args: reverse_actions: apply -a instead of a; wrench: (body, constant force in N and torque in
+        N·m, 6 numbers); image_size: L, below 64 the 64-pixel image is averaged down; look: "stock",
+        or "fast": without multisampling, shadows and reflections, nine tenths of the time.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 25}
@@ -783,10 +768,9 @@ class DMCEnv(gym.Env):
     ):  # fmt: skip
         if sys.platform.startswith("linux"):
             os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-        apt = "apt-get install libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri"
-        with explained(f"dm_control does not load; on Debian: {apt}", ImportError):
-            # Not above: other environments do without, and --help stays quick.
-            from dm_control import suite
+        needs = "apt-get install libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri"
+        with explained(f"dm_control does not load; on Debian: {needs}", ImportError):
+            from dm_control import suite  # slow to import, and other environments do without
             from dm_control.mujoco.engine import Camera
 
         # The time limit is gymnasium's alone.
@@ -851,7 +835,7 @@ REVERSED = {"reverse_actions": True}
 WINDY = {"wrench": ("ball", (-2.0, 0.0, 0.0, 0.0, 0.0, 0.0))}
 TORQUE = {"wrench": ("spinner", (0.0, 0.0, 0.0, 0.0, 4.0, 0.0))}
 # The paper's four pairs: name, domain, task; the target's suffix and what differs there. Then the
-# pendulum without velocities: they can be seen in three frames, and not in one.
+# pendulum without velocities, which can be seen in three frames, and not in one.
 for name, domain, task, suffix, change, options in (
     ("PendulumSwingup", "pendulum", "swingup", "Reversed", REVERSED, {}),
     ("BallInCupCatch", "ball_in_cup", "catch", "Windy", WINDY, {}),
@@ -914,7 +898,7 @@ class ParallelEnvs(gym.vector.AsyncVectorEnv):
 
 
 def make_env(env_id, worker=False, **kwargs):
-    """gymnasium.make. A `worker` process finds it here, so it has this file's registrations."""
+    """gymnasium.make; a worker process finds it here, so it has this file's registrations."""
     if worker and parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which saves first
     return Plain(gym.make(env_id, **kwargs))
@@ -926,13 +910,13 @@ def check_env(env_id, env):
     action = env.action_space
     try:
         spaces = {"vector": NO_VECTOR, **observation}
-        L, _, C = spaces["image"].shape
+        L, width, C = spaces["image"].shape
         (V,) = spaces["vector"].shape
         (A,) = action.shape
-        Sizes(image_size=L, channels=C, vector_size=V, action_size=A)
+        Sizes(image_size=L, channels=C, vector_size=V, action_size=A)  # ValueError
         types = (spaces["image"].dtype, spaces["vector"].dtype, action.dtype.kind)
-        fits = types == (np.uint8, np.float32, "f") and spaces["image"].shape == (L, L, C)
-        fits = fits and action == gym.spaces.Box(-1, 1, (A,), action.dtype) and len(spaces) == 2
+        fits = len(spaces) == 2 and width == L and types == (np.uint8, np.float32, "f")
+        fits = fits and action == gym.spaces.Box(-1, 1, (A,), action.dtype)
     except (TypeError, ValueError, KeyError):
         fits = False
     if not fits:
@@ -971,10 +955,9 @@ def make_envs(env_id, n, image_size=None, episode_steps=None, parallel=False, lo
         env = gym.make(env_id, **kwargs)
     except Exception as e:
         known = ", ".join(name for name in gym.registry if name.startswith("redraw/"))
-        raise UserError(
-            f"can't make environment '{env_id}': {type(e).__name__}: {e}; any is given as "
-            f"module:id, the module here or in PYTHONPATH; this project's are {known}"
-        ) from e
+        why = f"can't make environment '{env_id}': {type(e).__name__}: {e}"
+        yours = "yours is module:id, with the module here or in PYTHONPATH"
+        raise UserError(f"{why}; this project's are {known}; {yours}") from e
     check_env(env_id, env)
     env.close()
     own = env.spec.max_episode_steps
@@ -1071,12 +1054,11 @@ class Run:
     one that resumes there. So both go on alike, bit for bit on a CPU. Under torchrun process 0
     alone logs and saves.
 
-    Args: folder, its name; args, the stage's, with overwrite, resume, seed and track;
-        inputs: files that the run reads, which must be the same when it resumes.
+    Args: folder, its name; args, the stage's; inputs: checkpoints and datasets that the run reads.
     Raises UserError: the folder holds files already or another run, or can't be written.
     """
 
-    # What may differ between a run and its resumption; inputs are compared by their contents.
+    # Flags that may differ when a run resumes; of its inputs the contents are compared.
     FREE = ("resume", "overwrite", "track", "device", "run_dir", "checkpoint", "dataset")
 
     def __init__(self, folder, args, inputs=()):
@@ -1088,7 +1070,7 @@ class Run:
         self.state = {}  # of the last save, if the run resumes
         self.interrupted = False
         self.warned = set()
-        settings = dataclasses.asdict(args) | {"inputs": [checksum(path) for path in inputs]}
+        settings = asdict(args) | {"inputs": [checksum(path) for path in inputs]}
         settings = json.loads(json.dumps(settings))  # as they will be read back
         with explained(f"can't use --run-dir {folder}", OSError):
             if args.resume and (self.dir / "args.json").exists():
@@ -1101,17 +1083,14 @@ class Run:
     def begin(self, settings, overwrite, inputs):
         """Makes the folder; with --overwrite, without what an older run left for later stages."""
         if any(self.dir.glob("[!.]*")) and not overwrite:
-            raise UserError(
-                f"{self.dir} holds files already; choose another --run-dir, or add --overwrite "
-                "(or --resume, if it holds this run)"
-            )
+            todo = "choose another --run-dir, or add --overwrite, or --resume if it is this run"
+            raise UserError(f"{self.dir} holds files already; {todo}")
         keep = {Path(path).resolve() for path in inputs}
         for pattern in ("*.pt", "replay*/env*.npz", "events.out.tfevents.*"):
             for old in self.dir.glob(pattern):
                 if not {old.resolve(), old.parent.resolve()} & keep:
                     old.unlink()
         self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "metrics.csv").write_text("step,metric,value\n")
         text = json.dumps(settings, indent=1).encode()
         write_atomically(self.dir / "args.json", lambda file: file.write(text))
 
@@ -1121,34 +1100,32 @@ class Run:
             before = dict(json.loads((self.dir / "args.json").read_text()))
         for name in before.keys() & settings.keys() - set(self.FREE):
             if before[name] != settings[name]:
-                raise UserError(
-                    "--resume needs the flags and inputs of the start: "
-                    f"{name} was {before[name]}, now it is {settings[name]}"
-                )
+                change = f"{name} was {before[name]}, now it is {settings[name]}"
+                raise UserError(f"--resume needs the flags and inputs of the start: {change}")
         if (self.dir / "state.pt").exists():
             self.state = load_checkpoint(self.dir / "state.pt", ("state",))
-            # Without what was logged after the save.
-            os.truncate(self.dir / "metrics.csv", self.state["logged"])
 
     def open_logs(self, args):
-        """TensorBoard and --track; metrics.csv is opened for each line."""
+        """metrics.csv, without what was logged after the last save; TensorBoard; --track."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         if args.track:
             with explained("--track needs Weights & Biases: pip install wandb", ImportError):
                 import wandb
             wandb.init(project="redraw", name=self.dir.name, dir=self.dir, sync_tensorboard=True)
-            wandb.config.update(dataclasses.asdict(args))
+            wandb.config.update(asdict(args))
         self.tensorboard = SummaryWriter(str(self.dir))
+        if self.state:
+            os.truncate(self.dir / "metrics.csv", self.state["logged"])
+        else:
+            (self.dir / "metrics.csv").write_text("step,metric,value\n")
 
     def finite(self, step, values):
         """UserError if one of values, a dict of name -> number or tensor, is NaN or infinite."""
-        bad = [name for name, x in values.items() if not torch.as_tensor(x).isfinite().all()]
-        if bad:
-            raise UserError(
-                f"{', '.join(bad[:3])} is not finite at {step}: the training diverged; the last "
-                "save is intact; try a smaller learning rate"
-            )
+        for name, value in values.items():
+            if not torch.as_tensor(value).isfinite().all():
+                what = f"the training diverged: {name} is not finite at {step}"
+                raise UserError(f"{what}; the last save is intact; try a smaller learning rate")
 
     def log(self, step, metrics):
         """Writes metrics, a dict of name -> number or 0-d tensor, and returns them as numbers.
