@@ -139,7 +139,7 @@ class Args:
 
 # What the presets change; "paper" is Args as it stands.
 CHANGES = {
-    # flag              laptop    duckietown
+    # flag            laptop    duckietown
     "env_id":         ("redraw/PendulumSwingup-v0", "deploy_duckiebot:redraw/Duckietown-v0"),
     # data
     "steps":          (40_000,   72_000),
@@ -182,15 +182,11 @@ CHANGES = {
     "ensemble":       (5,        3),
     "ensemble_target": (64,      64),
 }  # fmt: skip
-
-
-def preset(column):
-    return Args(**{flag: values[column] for flag, values in CHANGES.items()})
-
-
+LAPTOP = Args(**{flag: laptop for flag, (laptop, _) in CHANGES.items()})
+DUCKIETOWN = Args(**{flag: duckietown for flag, (_, duckietown) in CHANGES.items()})
 PRESETS = {
-    "laptop": ("minutes on two CPU cores: 32x32 images, small networks, short episodes", preset(0)),
-    "duckietown": ("an hour on one CPU core: lane following, 32x32 images", preset(1)),
+    "laptop": ("minutes on two CPU cores: 32x32 images, small networks, short episodes", LAPTOP),
+    "duckietown": ("an hour on one CPU core: lane following, 32x32 images", DUCKIETOWN),
     "paper": ("the paper's sizes: one CUDA GPU, days", Args()),
 }
 
@@ -515,7 +511,7 @@ def main(args):
             pictures(run, draw, ensemble, replay, updates, device)
         if run.interrupted or run.due(step, args.save_every, args.n_envs) or step >= args.steps:
             replay.save(replay_dir)
-            save_draw(run, args, sizes, modules, updates, source_range(draw, replay, args, device))
+            save_draw(run, args, sizes, modules, updates, replay, device)
             run.save(step, modules | optimizers, rows=replay.added, updates=updates)
     bar.close()
     envs.close()
@@ -540,8 +536,7 @@ def check(args):
         (0, 10**9, "soft_updates ensemble_target policy_start warmup"),
         (0, 10**9, "entropy image_scale vector_scale reward_scale"),
         (1e-9, 10**9, "hold gain train_every return_floor"),
-        (1e-9, 1, "lr actor_lr"),
-        (0, 1, "rewarded gamma lam augment"),
+        (0, 1, "lr actor_lr rewarded gamma lam augment"),
         (1, args.batch * args.length, "starts"),  # no more than states of a batch
         (rows, args.steps - 1, "prefill"),
         (rows, 10**9, "replay_size"),
@@ -613,7 +608,7 @@ def report(run, args, updates, total, metrics, finished, replay, bar):
     )
 
 
-def save_draw(run, args, sizes, modules, updates, yardsticks):
+def save_draw(run, args, sizes, modules, updates, replay, device):
     """draw.pt for the later stages"""
     run.write(
         "draw.pt",
@@ -625,7 +620,7 @@ def save_draw(run, args, sizes, modules, updates, yardsticks):
         task_actor=modules["task"].actor.state_dict(),
         task_critic=modules["task"].critic.state_dict(),
         explore_actor=modules["explore"].actor.state_dict(),
-        source_range=yardsticks,
+        source_range=source_range(modules["draw"], replay, args, device) if updates else None,
     )
 
 
@@ -687,45 +682,40 @@ def augment(image, strength):
     """
     x = image.flatten(0, -4).permute(0, 3, 1, 2).contiguous() / 255.0  # (B, 3, L, L)
     B, _, L, _ = x.shape
-    device = x.device
 
-    def vary(low, high, *shape, share=1.0):
-        """Uniform over [low, high] times strength for a share of the images, else 0; (B, *shape)"""
-        chosen = torch.rand(B, *[1] * len(shape), device=device) < share
-        return strength * torch.empty(B, *shape, device=device).uniform_(low, high) * chosen
+    def vary(low, high, n=1, share=1.0):
+        """Uniform in [low, high] times strength for a share of the images, else 0; (B, n, 1, 1)"""
+        chosen = torch.rand(B, 1, 1, 1, device=x.device) < share
+        return strength * torch.empty(B, n, 1, 1, device=x.device).uniform_(low, high) * chosen
 
     # Where the camera looks: turned by up to 3 degrees, 5 % nearer or farther, with a pincushion or
     # barrel, shifted by 3 % of the picture.
-    axis = (2 * torch.arange(L, device=device) + 1) / L - 1
-    v, u = torch.meshgrid(axis, axis, indexing="ij")  # down, to the right
-    turn = vary(-0.05, 0.05, 1, 1)
-    grow = 1 + vary(-0.05, 0.05, 1, 1) + vary(-0.1, 0.1, 1, 1, share=0.5) * (u**2 + v**2)
-    right = grow * u - turn * v + vary(-0.06, 0.06, 1, 1)
-    down = grow * v + turn * u + vary(-0.06, 0.06, 1, 1)
-    grid = torch.stack([right, down], -1)  # (B, L, L, 2)
-    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    axis = (2 * torch.arange(L, device=x.device) + 1) / L - 1
+    place = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))  # (2, L, L), right and down
+    across = torch.stack([-place[1], place[0]])  # turned by 90 degrees
+    zoom = 1 + vary(-0.05, 0.05) + vary(-0.1, 0.1, share=0.5) * (place**2).sum(0)
+    view = zoom * place + vary(-0.05, 0.05) * across + vary(-0.06, 0.06, n=2)  # (B, 2, L, L)
+    x = F.grid_sample(x, view.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
     # Smeared to a side, or with the opposite sign sharpened.
-    x = x + vary(-0.3, 0.5, 1, 1, 1, share=0.7) * (x.roll(1, -1) - x)
+    x = x + vary(-0.3, 0.5, share=0.7) * (x.roll(1, -1) - x)
     # Hue, turned by up to 52 degrees around the axis of greys, and saturation.
     grey = x.mean(1, keepdim=True)
     across = (x.roll(1, 1) - x.roll(-1, 1)) / 3**0.5  # the colours turned by 90 degrees
-    hue = vary(-0.9, 0.9, 1, 1, 1, share=0.8)
-    saturation = 1 + vary(-0.5, 0.5, 1, 1, 1)
-    x = grey + saturation * (hue.cos() * (x - grey) + hue.sin() * across)
+    hue = vary(-0.9, 0.9, share=0.8)
+    x = grey + (1 + vary(-0.5, 0.5)) * (hue.cos() * (x - grey) + hue.sin() * across)
     # Contrast, of all channels and of each; fog; brightness; tone.
-    contrast = (1 + vary(-0.3, 0.3, 1, 1, 1)) * (1 + vary(-0.2, 0.2, 3, 1, 1))
-    fog = vary(0.0, 0.5, 1, 1, 1, share=0.3)
-    x = (contrast * (1 - fog) * x + fog + vary(-0.2, 0.2, 1, 1, 1)).clamp(0.0, 1.0)
-    x = x + vary(-0.5, 0.5, 1, 1, 1, share=0.2) * x * (1 - x)
+    contrast = (1 + vary(-0.3, 0.3)) * (1 + vary(-0.2, 0.2, n=3))
+    fog = vary(0.0, 0.5, share=0.3)
+    x = (contrast * (1 - fog) * x + fog + vary(-0.2, 0.2)).clamp(0.0, 1.0)
+    x = x + vary(-0.5, 0.5, share=0.2) * x * (1 - x)
     # Noise, pixels that fail, and a rectangle that hides what is behind it.
     noise = torch.rand_like(x)
-    x = x + vary(0.0, 0.3, 1, 1, 1) * (noise - 0.5)
+    x = x + vary(0.0, 0.3) * (noise - 0.5)
     x = x * (noise[:, :1] >= 0.005 * strength)
-    centre = 2 * torch.rand(B, 2, 1, 1, device=device) - 1
-    half = vary(0.0, 0.4, 2, 1, 1, share=0.5)
-    hidden = (u - centre[:, 0]).abs() < half[:, 0]
-    hidden = hidden & ((v - centre[:, 1]).abs() < half[:, 1])  # (B, L, L)
-    x = torch.where(hidden[:, None], torch.rand(B, 3, 1, 1, device=device), x)
+    centre = 2 * torch.rand(B, 2, 1, 1, device=x.device) - 1
+    half = vary(0.0, 0.4, n=2, share=0.5)
+    hidden = ((place - centre).abs() < half).all(1, keepdim=True)  # (B, 1, L, L)
+    x = torch.where(hidden, torch.rand(B, 3, 1, 1, device=x.device), x)
     return (x.clamp(0.0, 1.0) * 255.0).round().byte().permute(0, 2, 3, 1).reshape(image.shape)
 
 
