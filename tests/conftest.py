@@ -26,7 +26,11 @@ def seed():
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "timing: drives the robot of fake_rosbridge.py, so it depends on the clock; run again, at most twice, if it failed while the machine stood still")
+    config.addinivalue_line(
+        "markers",
+        "timing: drives the robot of fake_rosbridge.py, so it depends on the clock; run again, at "
+        "most twice, if it failed while the machine stood still",
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -35,27 +39,35 @@ def pytest_collection_modifyitems(items):
             item.add_marker("timing")
 
 
+class Watch(threading.Thread):
+    """How long this machine gives a process no time, .worst seconds, until .over is set"""
+
+    def __init__(self):
+        super().__init__()
+        self.worst = 0.0
+        self.over = threading.Event()
+
+    def run(self):
+        while not self.over.is_set():
+            begun = time.monotonic()
+            time.sleep(0.01)
+            self.worst = max(self.worst, time.monotonic() - begun)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item, nextitem):
-    """A robot that is stopped because THIS machine gave the test no processor for 0.1 s is no failure: such a run is taken again."""
+    """A robot that is stopped because THIS machine gave the test no processor for 0.1 s is no
+    failure: such a run is taken again."""
     if not item.get_closest_marker("timing"):
         return None
     for attempt in range(3):
-        worst, over = [0.0], threading.Event()
-
-        def watch():
-            while not over.is_set():
-                begun = time.monotonic()
-                time.sleep(0.01)
-                worst[0] = max(worst[0], time.monotonic() - begun)
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
+        watch = Watch()
+        watch.start()
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         reports = runtestprotocol(item, nextitem=nextitem, log=False)
-        over.set()
-        watcher.join()
-        if attempt == 2 or worst[0] < 0.1 or not any(r.failed for r in reports):
+        watch.over.set()
+        watch.join()
+        if attempt == 2 or watch.worst < 0.1 or not any(r.failed for r in reports):
             break
         item._initrequest()
     for report in reports:

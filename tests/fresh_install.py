@@ -1,9 +1,11 @@
-"""The repository on a machine that has never seen it: a clone in an empty folder, an empty HOME, new virtual environments.
+"""The repository on a machine that has never seen it: a clone in an empty folder, an empty HOME,
+new virtual environments.
 
-    python tests/fresh_install.py [python3.12 ...]     # which interpreters to make the virtual environments with (default: this one)
+    python tests/fresh_install.py [python3.12 ...]     # which interpreters to make the virtual
+    environments with (default: this one)
 
-runs `make demo` at its smallest size, checks the files that it leaves, and `make test`; it takes 5 to 10 minutes for each.
-Not part of `make test`, which it calls.
+runs `make demo` at its smallest size, checks the files that it leaves, and `make test`; it takes 5
+to 10 minutes for each. Not part of `make test`, which it calls.
 """
 
 import os
@@ -19,17 +21,30 @@ SMALLEST = (
     "STAGE3=--updates 20 --eval-episodes 2",
 )
 FILES = (
-    "source/draw.pt", "source/curves.png", "source/prediction.gif", "source-policy/policy.pt", "adapted/best.pt", "adapted/dataset.npz",
-    "adapted-policy/policy.pt", "adapted-policy/eval.json", "target-policy/policy.pt", "table.md",
-)  # fmt: skip
+    "source/draw.pt",
+    "source/curves.png",
+    "source/prediction.gif",
+    "source-policy/policy.pt",
+    "adapted/best.pt",
+    "adapted/dataset.npz",
+    "adapted-policy/policy.pt",
+    "adapted-policy/eval.json",
+    "target-policy/policy.pt",
+    "table.md",
+)
 
 for python in sys.argv[1:] or [sys.executable]:
     with tempfile.TemporaryDirectory() as folder:
         clone, home = Path(folder) / "redraw", Path(folder) / "home"
         home.mkdir()
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-        env = {"HOME": str(home), "PATH": os.environ["PATH"], "LANG": "C.UTF-8"} | {k: v for k, v in os.environ.items() if k.startswith("PIP_")}
-        for command in (["make", "demo", f"PYTHON={python}", *SMALLEST], ["make", "test", f"PYTHON={python}"]):
+        env = {"HOME": str(home), "PATH": os.environ["PATH"], "LANG": "C.UTF-8"} | {
+            k: v for k, v in os.environ.items() if k.startswith("PIP_")
+        }
+        for command in (
+            ["make", "demo", f"PYTHON={python}", *SMALLEST],
+            ["make", "test", f"PYTHON={python}"],
+        ):
             done = subprocess.run(command, cwd=clone, env=env)
             if done.returncode:
                 sys.exit(f"{python}: {' '.join(command[:2])} failed with {done.returncode}")

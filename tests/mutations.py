@@ -1,9 +1,11 @@
-"""Plausible mistakes, one line each: applies each one to a temporary copy of the sources and runs the tests that should notice it.
+"""Plausible mistakes, one line each: applies each one to a temporary copy of the sources and runs
+the tests that should notice it.
 
-    python tests/mutations.py              # all of them, some minutes
+    python tests/mutations.py              # all of them, about half an hour
     python tests/mutations.py reward kl    # those whose name holds one of the words
 
-Prints which mistakes survive; the exit status is their number. A mistake that no longer applies counts too: mend its line here.
+Prints which mistakes survive; the exit status is their number. A mistake that no longer applies
+counts too: mend its lines here.
 """
 
 import os
@@ -16,166 +18,393 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMON, STAGE_1, STAGE_2, STAGE_3, DEPLOY = "common.py", "draw_pretrain.py", "redraw_adapt.py", "train_policy.py", "deploy_duckiebot.py"
 
-DISTRIBUTIONS = "method/test_oracles.py -k unimix or symlog or twohot or samples or actor"
-BELIEF = "method/test_oracles.py -k belief"
-MODEL = "method/test_oracles.py -k world_model or sides"
-ENSEMBLE = "method/test_oracles.py -k ensemble"
-POLICY_1 = "method/test_oracles.py -k of_stage_1"
-POLICY_3 = "method/test_oracles.py -k of_stage_3"
-ROWS = "method/test_alignment.py"
-GRADIENTS = "method/test_gradients.py"
-LOOKS = "method/test_augment.py -k clean_one or identity"
-ENVIRONMENTS = "data/test_environments.py -k last_of_two_frames"
-DRIVE = "robot/test_deploy.py -k kinematics_with or colours or split"
-SPEED, TORCHRUN = "runs/test_speed.py -k two_processes or noticed or bfloat16_is", "runs/test_speed.py -k torchrun"
+# A source and the tests that should notice; then a name for each mistake, what stands there (once),
+# and what stands there by mistake.
+MISTAKES = r"""
+== common.py | data/test_environments.py -k last_of_two_frames
+sum of the reward over the repeat
+-return self.observe(), float(timestep.reward),
++return self.observe(), float(timestep.reward) * self.action_repeat,
 
-# name, file, what stands there (once), the mistake, the tests
-MUTATIONS = [
-    # environments
-    ("sum of the reward over the repeat", COMMON, "self.observe(), float(timestep.reward),",
-     "self.observe(), float(timestep.reward) * self.action_repeat,", ENVIRONMENTS),
-    # distributions
-    ("unimix without the number of classes", COMMON, "0.99 * probs + 0.01 / probs.shape[-1]", "0.99 * probs + 0.01", DISTRIBUTIONS),
-    ("unimix dropped", COMMON, "return torch.log(mix(softmax(logits)))", "return torch.log(softmax(logits))", DISTRIBUTIONS),
-    ("KL the other way round", COMMON, "(logp.exp() * (logp - logq))", "(logq.exp() * (logq - logp))", DISTRIBUTIONS),
-    ("KL averaged over the variables", COMMON, "(logp.exp() * (logp - logq)).sum((-2, -1))", "(logp.exp() * (logp - logq)).sum(-1).mean(-1)", DISTRIBUTIONS),
-    ("symlog loses the sign", COMMON, "return torch.sign(x) * torch.log1p(torch.abs(x))", "return torch.log1p(torch.abs(x))", DISTRIBUTIONS),
-    ("two-hot weights swapped", COMMON, "(1 - weight_above) * logp_below + weight_above * logp_above",
-     "weight_above * logp_below + (1 - weight_above) * logp_above", DISTRIBUTIONS),
-    ("two-hot mean in linear space", COMMON, "symexp((logits.softmax(-1) * bins).sum(-1))", "(logits.softmax(-1) * symexp(bins)).sum(-1)", DISTRIBUTIONS),
-    ("two-hot does not end at the range's end", COMMON, "(symlog(x).clamp(-20.0, 20.0) + 20.0)", "(symlog(x).clamp(min=-20.0) + 20.0)", DISTRIBUTIONS),
-    ("actor's deviation without its shift", COMMON, "0.9 * torch.sigmoid(s + 2.0) + 0.1", "0.9 * torch.sigmoid(s) + 0.1", DISTRIBUTIONS),
-    ("sampling from the wrong tail", COMMON, "(torch.rand_like(cdf[..., :1]) > cdf[..., :-1])",
-     "(torch.rand_like(cdf[..., :1]) < cdf[..., :-1])", DISTRIBUTIONS),
-    ("no straight-through gradient", COMMON, "return onehot + (probs - probs.detach()) if probs.requires_grad else onehot", "return onehot", GRADIENTS),
-    # the belief
-    ("unimix on the belief", COMMON, "sigma = softmax(u)  # fed back at t+1", "sigma = mix(softmax(u))  # fed back at t+1", BELIEF),
-    ("sigma not rectified", COMMON, "sigma = softmax(u)  # fed back at t+1", "sigma = softmax(self.dynamics(z_prev, sigma, a_prev))", BELIEF),
-    ("a_t instead of a_{t-1}", COMMON, "torch.where(is_first[:, t, None], 0.0, action[:, t - 1])",
-     "torch.where(is_first[:, t, None], 0.0, action[:, t])", BELIEF),
-    ("z_t instead of z_{t-1}", COMMON, "torch.where(first[:, t], z0, z[:, t - 1])", "torch.where(first[:, t], z0, z[:, t])", BELIEF),
-    ("the belief goes on over a border", COMMON, "sigma = torch.where(first[:, t], sigma0, sigma)", "pass", BELIEF),
-    ("the action goes on over a border", COMMON, "a_prev = torch.where(is_first[:, t, None], 0.0, action[:, t - 1])", "a_prev = action[:, t - 1]", BELIEF),
-    ("actions beyond the bounds", COMMON, "        action = action / action.abs().clamp(min=1.0)", "        pass", BELIEF),
-    # stage 1: the world model and the ensemble
-    ("the encoder sees the clean frame", STAGE_1, "embed = draw.encoder(seen, data", "embed = draw.encoder(data[\"image\"], data", LOOKS),
-    ("the decoder is shown the changed frame", STAGE_1, "draw, z, data[\"image\"], data[\"vector\"])  # (B, T) each",
-     "draw, z, seen, data[\"vector\"])  # (B, T) each", LOOKS),
-    ("no strength still changes the looks", STAGE_1, "return strength * torch.empty", "return torch.empty", LOOKS),
-    ("KL balance swapped", STAGE_1, "1.5 * kl_dyn.clamp(min=1.0) + 0.5 * kl_rep.clamp(min=1.0)",
-     "0.5 * kl_dyn.clamp(min=1.0) + 1.5 * kl_rep.clamp(min=1.0)", MODEL),
-    ("dynamics KL without its detach", STAGE_1, "kl_categorical(q.detach(), p)", "kl_categorical(q, p)", MODEL),
-    ("representation KL without its detach", STAGE_1, "kl_categorical(q, p.detach())", "kl_categorical(q, p)", MODEL),
-    ("free bits dropped", STAGE_1, "0.5 * kl_rep.clamp(min=1.0)", "0.5 * kl_rep", MODEL),
-    ("KL of first steps not masked", STAGE_1, "0.5 * kl_rep.clamp(min=1.0)) * ~first", "0.5 * kl_rep.clamp(min=1.0))", MODEL),
-    ("the first step of a sequence not masked", STAGE_1, "    first[:, 0] = True", "    pass", MODEL),
-    ("reward shifted by one", STAGE_1, 'draw.reward_head(z.flatten(-2)), data["reward"])',
-     'draw.reward_head(z.flatten(-2)), data["reward"].roll(-1, 1))', MODEL),
-    ("a time limit counts as an end", STAGE_1, '1.0 - data["is_terminal"].float(), reduction', '1.0 - data["is_last"].float(), reduction', MODEL),
-    ("prior without unimix", STAGE_1, "p = unimix(u)  #", "p = u.log_softmax(-1)  #", MODEL),
-    ("vector target without symlog", STAGE_1, '- symlog(vector)', '- vector', MODEL),
-    ("the ensemble predicts the present", STAGE_1, "embed[:, 1:] @ self.projection", "embed[:, :-1] @ self.projection", ENSEMBLE),
-    ("the ensemble learns over borders", STAGE_1, "* ~is_first[:, 1:]).mean()", "* ~is_first[:, :-1]).mean()", ENSEMBLE),
-    ("disagreement as a variance", STAGE_1, ".std(0).mean(-1)", ".var(0).mean(-1)", ENSEMBLE),
-    ("time limits recorded as ends", STAGE_1, "first, last, terminal = last, terminated | truncated, terminated",
-     "first, last, terminal = last, terminated | truncated, terminated | truncated", ROWS),
-    # stage 1: the actor-critic
-    ("imagination without unimix", STAGE_1, "z = sample_onehot(mix(sigma))", "z = sample_onehot(sigma)", POLICY_1),
-    ("imagined reward of leaving", STAGE_1, "reward_fn(zs[:-1], sigmas[:-1], actions, zs[1:])", "reward_fn(zs[:-1], sigmas[:-1], actions, zs[:-1])", POLICY_1),
-    ("weights one step early", STAGE_1, "weight * discounts[:-1].detach().cumprod(0)", "weight * discounts[1:].detach().cumprod(0)", POLICY_1),
-    ("wrong lambda-return index", STAGE_1, "(1 - args.lam) * values[t + 1] + args.lam * R", "(1 - args.lam) * values[t] + args.lam * R", POLICY_1),
-    ("lambda swapped", STAGE_1, "(1 - args.lam) * values[t + 1] + args.lam * R", "args.lam * values[t + 1] + (1 - args.lam) * R", POLICY_1),
-    ("return scale forgets", STAGE_1, "0.99 * self.scale + 0.01 * (p95 - p5)", "0.01 * self.scale + 0.99 * (p95 - p5)", POLICY_1),
-    ("return scale without its floor", STAGE_1, "scale = new_scale.clamp(min=self.scale_floor)", "scale = self.scale", POLICY_1),
-    ("baseline one step late", STAGE_1, "(returns - values[:-1]) / scale", "(returns - values[1:]) / scale", POLICY_1),
-    ("slow critic not asked", STAGE_1, "twohot_mean(self.slow_critic(zs[:-1]))", "twohot_mean(self.critic(zs[:-1]))", POLICY_1),
-    ("slow critic too quick", STAGE_1, "slow.lerp_(fast, 0.02)", "slow.lerp_(fast, 0.98)", GRADIENTS),
-    ("gradients reach the world model", STAGE_1, "actor_loss.backward(inputs=list(self.actor.parameters()), ", "actor_loss.backward(", GRADIENTS),
-    # stage 2
-    ("residual added after the softmax", STAGE_2, "return self.draw[0].dynamics(z, sigma, action) + self.residual(z, sigma, action)",
-     "return (self.draw[0].dynamics(z, sigma, action).softmax(-1) + self.residual(z, sigma, action)).clamp(min=1e-6).log()", BELIEF),
-    ("free bits on the residual", STAGE_2, "rectified.log_prior(u)) * mask, mask", "rectified.log_prior(u)).clamp(min=1.0) * mask, mask", BELIEF),
-    ("adaptation KL the other way round", STAGE_2, "kl_categorical(q.detach(), rectified.log_prior(u))",
-     "kl_categorical(rectified.log_prior(u), q.detach())", BELIEF),
-    ("adaptation KL teaches the encoder", STAGE_2, "kl_categorical(q.detach(), rectified.log_prior(u))",
-     "kl_categorical(q, rectified.log_prior(u))", GRADIENTS),
-    ("belief of the source in the loss", STAGE_2, "u = draw.observe(z, action, is_first, dynamics=rectified)", "u = draw.observe(z, action, is_first)", BELIEF),
-    ("unimix on the rectified prior", STAGE_2, 'return sigma if self.method in ("residual", "replace") else mix(sigma)', "return mix(sigma)", BELIEF),
-    ("members summed", STAGE_2, "for delta in self.delta]).mean(0)", "for delta in self.delta]).sum(0)", BELIEF),
-    ("the first step is learned", STAGE_2, "    mask[:, 0] = False", "    pass", BELIEF),
-    ("fine-tuning trains all", STAGE_2, "trained = list(draw.dynamics_net.requires_grad_(True).parameters())",
-     "trained = list(draw.requires_grad_(True).parameters())", GRADIENTS),
-    ("actions of another row", STAGE_2, "sample_onehot(q.exp()), action[t], is_first[t])", "sample_onehot(q.exp()), action[t - 1], is_first[t])", ROWS),
-    ("held-out episodes are trained on", STAGE_2, 'rows = {"train": np.flatnonzero(~held_out)', 'rows = {"train": np.arange(len(held_out))', ROWS),
-    ("target rows: first flag one late", STAGE_2, "first, last, terminal = last, terminated | truncated, terminated",
-     "first, last, terminal = terminated | truncated, terminated | truncated, terminated", ROWS),
-    # stage 3
-    ("imagination without the residual", STAGE_3, "sigma = softmax(rectified(z, sigma, action))", "sigma = softmax(draw.dynamics(z, sigma, action))", POLICY_3),
-    ("starts with the source's belief", STAGE_3, "draw.observe(z, data_action[t], is_first[t], dynamics=rectified)",
-     "draw.observe(z, data_action[t], is_first[t])", POLICY_3),
-    ("reward of the state left", STAGE_3, "reward = draw.reward(zs[1:])", "reward = draw.reward(zs[:-1])", POLICY_3),
-    ("continue of the state left", STAGE_3, "discount = args.gamma * draw.cont(zs[1:])", "discount = args.gamma * draw.cont(zs[:-1])", POLICY_3),
-    ("starts that have ended", STAGE_3, "alive = 1.0 - is_terminal[t].flatten().float()",
-     "alive = torch.ones_like(is_terminal[t].flatten().float())", POLICY_3),
-    ("wrong lambda-return index in stage 3", STAGE_3, "(1 - args.lam) * value[k + 1] + args.lam * R", "(1 - args.lam) * value[k] + args.lam * R", POLICY_3),
-    ("entropy is punished", STAGE_3, "(objective + args.entropy * entropy)", "(objective - args.entropy * entropy)", POLICY_3),
-    ("critic of the wrong states", STAGE_3, "twohot_log_prob(logits[:-1], returns.detach())", "twohot_log_prob(logits[1:], returns.detach())", POLICY_3),
-    ("slow critic swapped", STAGE_3, "for slow, fast in zip(slow_critic.parameters(), critic.parameters()):",
-     "for fast, slow in zip(slow_critic.parameters(), critic.parameters()):", GRADIENTS),
-    # fast paths
-    ("gradients of one's own batch alone", STAGE_1, "        dist.all_reduce(joint)\n", "", SPEED),
-    ("gradients summed over the processes", STAGE_1, "(joint / dist.get_world_size())", "joint", SPEED),
-    ("scale of one's own returns alone", STAGE_1, "of_all_processes(returns.detach())", "returns.detach()", SPEED),
-    ("a save that one process alone finished counts", STAGE_1, 'if saved and saved["step"] > step and before.exists()', 'if saved and saved["step"] < step and before.exists()', TORCHRUN),
-    ("a diverged step is taken on CUDA", COMMON, "self.diverged.copy_(torch.maximum(self.diverged, (~finite).float()))", "pass", SPEED),
-    # the drive
-    ("trim on the wrong wheel", DEPLOY, '(c["gain"] - c["trim"]) * (v - half)', '(c["gain"] + c["trim"]) * (v - half)', DRIVE),
-    ("red and blue swapped", DEPLOY, "interpolation=cv2.INTER_AREA)[..., ::-1].copy()", "interpolation=cv2.INTER_AREA).copy()", DRIVE),
-    ("late rows are kept", DEPLOY, " | late[1:] | late[:-1]", "", DRIVE),
-    ("losses in bfloat16", COMMON, "return super().forward(x).float()", "return super().forward(x)", SPEED),
-]  # fmt: skip
+== common.py | data/test_environments.py -k never_longer or images_instead
+a longer limit than the environment's
+-(own is None or episode_steps < own)
++True
+the newest frame first
+-[*(self.frames or [grey] * self.stack)[1:], grey]
++[grey, *(self.frames or [grey] * self.stack)[:-1]]
+
+== common.py | method/test_oracles.py -k unimix or symlog or twohot or samples or actor
+unimix without the number of classes
+-0.99 * probs + 0.01 / probs.shape[-1]
++0.99 * probs + 0.01
+unimix dropped
+-return torch.log(mix(softmax(logits)))
++return torch.log(softmax(logits))
+KL the other way round
+-(log_p.exp() * (log_p - log_q))
++(log_q.exp() * (log_q - log_p))
+KL averaged over the variables
+-(log_p.exp() * (log_p - log_q)).sum((-2, -1))
++(log_p.exp() * (log_p - log_q)).sum(-1).mean(-1)
+symlog loses the sign
+-return torch.sign(x) * torch.log1p(torch.abs(x))
++return torch.log1p(torch.abs(x))
+two-hot weights swapped
+-(1 - weight_above) * log_p_below + weight_above * log_p_above
++weight_above * log_p_below + (1 - weight_above) * log_p_above
+two-hot mean in linear space
+-symexp((logits.softmax(-1) * bins).sum(-1))
++(logits.softmax(-1) * symexp(bins)).sum(-1)
+two-hot does not end at the range's end
+-(symlog(x).clamp(-20.0, 20.0) + 20.0)
++(symlog(x).clamp(min=-20.0) + 20.0)
+actor's deviation without its shift
+-0.9 * torch.sigmoid(s + 2.0) + 0.1
++0.9 * torch.sigmoid(s) + 0.1
+sampling from the wrong tail
+-(torch.rand_like(cdf[..., :1]) > cdf[..., :-1])
++(torch.rand_like(cdf[..., :1]) < cdf[..., :-1])
+
+== common.py | method/test_gradients.py -k straight or alone
+no straight-through gradient
+-return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
++return onehot
+slow critic too quick
+-slow.lerp_(fast, 0.02)
++slow.lerp_(fast, 0.98)
+
+== common.py | method/test_oracles.py -k belief or residual or mean_kl
+unimix on the belief
+-            sigma = softmax(u)
++            sigma = mix(softmax(u))
+a_t instead of a_{t-1}
+-action.roll(1, 1))
++action)
+z_t instead of z_{t-1}
+-z.roll(1, 1))
++z)
+the belief goes on over a border
+-            sigma = torch.where(first[:, t, None, None], sigma0, sigma)
++            pass
+the action goes on over a border
+-a_prev = torch.where(first[..., None], 0.0, action.roll(1, 1))
++a_prev = action.roll(1, 1)
+actions beyond the bounds
+-        action = action / action.abs().clamp(min=1.0)  # into
++        pass  # into
+the initial z is the belief
+-return F.one_hot(sigma.argmax(-1), self.sizes.K).to(sigma), sigma
++return sigma, sigma
+residual added after the softmax
+-return base + self.residual(z, action, sigma, base) if self.uses_delta else base
++return (softmax(base) + self.residual(z, action, sigma, base)) if self.uses_delta else base
+the residual's inputs in another order
+-inputs = [z.flatten(-2), action / action.abs().clamp(min=1.0)]
++inputs = [action / action.abs().clamp(min=1.0), z.flatten(-2)]
+the residual sees the base's logits
+-inputs.append(softmax(base).flatten(-2))
++inputs.append(base.flatten(-2))
+replace keeps f
+-self.uses_f = method != "replace"
++self.uses_f = True
+unimix on the rectified prior
+-return log_softmax(u) if self.uses_delta else unimix(u)
++return unimix(u)
+members summed
+-return self.residuals(*inputs).mean(0)
++return self.residuals(*inputs).sum(0)
+
+== common.py | data/test_dataset.py
+actions shifted by two
+-action = np.roll(dataset["action"], -1, axis=0)
++action = np.roll(dataset["action"], -2, axis=0)
+the action of another episode at last rows
+-action[np.roll(first, -1)] = 0.0
++action[first] = 0.0
+the oldest rows instead of the newest
+-array[-newest:]
++array[:newest]
+unwritten rows of a chunk are read
+-value[: int(chunk[1])] if chunk else value
++value
+ends by is_terminal alone are overlooked
+-first[1:] |= dataset["is_last"][:-1] | dataset["is_terminal"][:-1]
++first[1:] |= dataset["is_last"][:-1]
+hidden files are read
+-glob("[!.]*.npz")
++glob("*.npz")
+unusual rewards are the positive ones
+-np.nonzero(reward != usual)
++np.nonzero(reward > usual)
+sequences across the ring's head
+-rows = (oldest + start[:, None] + np.arange(T)) % self.length
++rows = (start[:, None] + np.arange(T)) % self.length
+
+== draw_pretrain.py | method/test_augment.py -k clean_one or identity
+the encoder sees the clean frame
+-embed = draw.encoder(seen, data["vector"])
++embed = draw.encoder(data["image"], data["vector"])
+the decoder is shown the changed frame
+-vector_loss = reconstruction_errors(draw, z, data["image"], data["vector"])
++vector_loss = reconstruction_errors(draw, z, seen, data["vector"])
+no strength still changes the looks
+-return strength * torch.empty
++return torch.empty
+
+== draw_pretrain.py | method/test_oracles.py -k world_model or sides
+KL balance swapped
+-1.5 * kl_dyn.clamp(min=1.0) + 0.5 * kl_rep.clamp(min=1.0)
++0.5 * kl_dyn.clamp(min=1.0) + 1.5 * kl_rep.clamp(min=1.0)
+dynamics KL without its detach
+-kl_categorical(log_q.detach(), log_p)
++kl_categorical(log_q, log_p)
+representation KL without its detach
+-kl_categorical(log_q, log_p.detach())
++kl_categorical(log_q, log_p)
+free bits dropped
+-0.5 * kl_rep.clamp(min=1.0)
++0.5 * kl_rep
+KL of first steps not masked
+-0.5 * kl_rep.clamp(min=1.0)) * follows
++0.5 * kl_rep.clamp(min=1.0))
+the first step of a sequence not masked
+-F.pad(~data["is_first"][:, 1:], (1, 0))
++~data["is_first"]
+reward shifted by one
+-draw.reward_head(flat), data["reward"])
++draw.reward_head(flat), data["reward"].roll(-1, 1))
+a time limit counts as an end
+-goes_on = 1.0 - data["is_terminal"].float()
++goes_on = 1.0 - data["is_last"].float()
+prior without unimix
+-log_p = unimix(u)
++log_p = u.log_softmax(-1)
+vector target without symlog
+-(draw.vector_head(flat) - symlog(vector))
++(draw.vector_head(flat) - vector)
+
+== draw_pretrain.py | method/test_oracles.py -k ensemble
+the ensemble predicts the present
+-target = embed[:, 1:]
++target = embed[:, :-1]
+the ensemble learns over borders
+-* ~is_first[:, 1:]).mean()
++* ~is_first[:, :-1]).mean()
+disagreement as a variance
+-.std(0, correction=0).mean(-1)
++.var(0, correction=0).mean(-1)
+disagreement of a sample
+-.std(0, correction=0).mean(-1)
++.std(0).mean(-1)
+
+== draw_pretrain.py | method/test_alignment.py -k stage_1 or ensemble
+first steps one late
+-first = last  # the step after an episode's end resets
++first = terminal | truncated  # the step after an episode's end resets
+time limits recorded as ends
+-is_last=last, is_terminal=terminal
++is_last=last, is_terminal=last
+starts that have ended
+-alive = 1.0 - data["is_terminal"].flatten()[pick].float()
++alive = torch.ones_like(data["is_terminal"].flatten()[pick].float())
+
+== draw_pretrain.py | method/test_oracles_policy.py -k draw_pretrain
+imagination without unimix
+-z = sample_onehot(dynamics.prior(sigma))
++z = sample_onehot(sigma)
+imagined reward of leaving
+-reward = reward_of(zs[:-1], sigmas[:-1], action, zs[1:])
++reward = reward_of(zs[:-1], sigmas[:-1], action, zs[:-1])
+continue of the state left
+-discount = args.gamma * draw.cont(zs[1:])
++discount = args.gamma * draw.cont(zs[:-1])
+wrong lambda-return index
+-((1 - lam) * value[t + 1] + lam * R)
++((1 - lam) * value[t] + lam * R)
+lambda swapped
+-((1 - lam) * value[t + 1] + lam * R)
++(lam * value[t + 1] + (1 - lam) * R)
+return range forgets
+-0.99 * policy.range + 0.01 * (high - low)
++0.01 * policy.range + 0.99 * (high - low)
+return scale without its floor
+-scale = new_range.clamp(min=args.return_floor)
++scale = new_range
+slow critic not asked
+-slow_logits = policy.slow_critic(zs[:-1])
++slow_logits = policy.critic(zs[:-1])
+
+== redraw_adapt.py | method/test_oracles.py -k residual or finetune or mean_kl
+gradient through f and time
+-@torch.no_grad()
+-def unroll(
++def unroll(
+the belief of the source in the loss
+-u = base + e[:, t]
++u = base
+free bits on the residual
+-rectified.log_prior(u)) * ~first, ~first
++rectified.log_prior(u)).clamp(min=1.0) * ~first, ~first
+adaptation KL the other way round
+-return kl_categorical(log_q.detach(), rectified.log_prior(u)) * ~first, ~first
++return kl_categorical(rectified.log_prior(u), log_q.detach()) * ~first, ~first
+the residual's belief goes on over a border
+-        sigma = torch.where(first[:, t, None, None], sigma0, sigma)
++        pass
+the first step is learned
+-return kl_categorical(log_q.detach(), rectified.log_prior(u)) * ~first, ~first
++return kl_categorical(log_q.detach(), rectified.log_prior(u)), ~first
+fine-tuning without its free nat
+-return 1.5 * kl.clamp(min=1.0) * ~first, ~first
++return 1.5 * kl * ~first, ~first
+fine-tuning without its scale
+-return 1.5 * kl.clamp(min=1.0) * ~first, ~first
++return kl.clamp(min=1.0) * ~first, ~first
+
+== redraw_adapt.py | method/test_gradients.py -k stage_2
+adaptation KL teaches the encoder
+-return kl_categorical(log_q.detach(), rectified.log_prior(u)) * ~first, ~first
++return kl_categorical(log_q, rectified.log_prior(u)) * ~first, ~first
+fine-tuning trains all
+-trained = [*draw.dynamics_net.parameters(), draw.initial_logits]
++trained = list(draw.parameters())
+fine-tuning leaves the initial state out
+-trained = [*draw.dynamics_net.parameters(), draw.initial_logits]
++trained = list(draw.dynamics_net.parameters())
+fine-tuning at the residual's learning rate
+-lr = args.finetune_lr
++lr = args.lr
+
+== redraw_adapt.py | method/test_alignment.py -k stage_2
+actions of another row
+-sample_onehot(log_q.exp()), data["action"][t],
++sample_onehot(log_q.exp()), data["action"][t - 1],
+held-out episodes are trained on
+-"train": np.flatnonzero(~held_out)
++"train": np.arange(len(held_out))
+target rows: first flag one late
+-        first = last
++        first = terminal | truncated
+
+== redraw_adapt.py | runs/test_field.py -k calm
+gain goes by the environment
+-np.where(episode % 2, args.gain, 1.0)
++np.where(np.arange(n) % 2, args.gain, 1.0)
+
+== train_policy.py | method/test_oracles_policy.py -k train_policy or stage_3
+starts with the source's belief
+-data["is_first"][t], rectified))
++data["is_first"][t]))
+reward of the state left
+-reward = reward_of(zs[:-1], sigmas[:-1], action, zs[1:])
++reward = reward_of(zs[:-1], sigmas[:-1], action, zs[:-1])
+starts of stage 3 that have ended
+-alive = 1.0 - data["is_terminal"][t].flatten()[pick].float()
++alive = torch.ones_like(data["is_terminal"][t].flatten()[pick].float())
+wrong lambda-return index in stage 3
+-((1 - lam) * value[t + 1] + lam * R)
++((1 - lam) * value[t] + lam * R)
+entropy is punished
+-(log_pi * advantage + entropy_weight * entropy)
++(log_pi * advantage - entropy_weight * entropy)
+baseline one step late
+-advantage = (returns - value[:-1]) / scale
++advantage = (returns - value[1:]) / scale
+return range of stage 3 forgets
+-0.99 * policy.range + 0.01 * (high - low)
++0.01 * policy.range + 0.99 * (high - low)
+
+== draw_pretrain.py | runs/test_speed.py -k two_processes
+gradients of one's own batch alone
+-            dist.all_reduce(parameter.grad)
++            pass
+gradients summed over the processes
+-            parameter.grad /= dist.get_world_size()
++            pass
+
+== common.py | runs/test_speed.py -k bfloat16
+losses in bfloat16
+-return super().forward(x).float()
++return super().forward(x)
+
+== deploy_duckiebot.py | robot/test_deploy.py -k kinematics_with or colours or split
+trim on the wrong wheel
+-left = (c["gain"] - c["trim"])
++left = (c["gain"] + c["trim"])
+"""
+
+
+def mistakes():
+    """[(name, file, what stands there, the mistake, the tests)]"""
+    found = []
+    for section in re.split(r"^== ", MISTAKES, flags=re.M)[1:]:
+        head, *lines = section.strip().splitlines()
+        file, tests = head.split(" | ")
+        block = {"-": [], "+": []}
+        for line in [*lines, "end"]:
+            if line[:1] in block:
+                block[line[0]].append(line[1:])
+            elif line:
+                if block["-"]:
+                    there, mistake = ("\n".join(block[sign]) for sign in "-+")
+                    found.append((name, file, there, mistake, tests))  # noqa: F821
+                name = line
+                block = {"-": [], "+": []}
+    return found
 
 
 def pytest_of(folder, tests):
-    """(exit status, the failed tests) of a selection such as "method/test_oracles.py -k belief" in a copy of the repository"""
+    """(exit status, the failed tests) of a selection such as "method/test_oracles.py -k belief" in
+    a copy of the repository"""
     file, _, words = tests.partition(" -k ")
-    command = [sys.executable, "-m", "pytest", f"tests/{file}", "-x", "-q", "-p", "no:cacheprovider", *(["-k", words] if words else [])]
-    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}  # bytecode could outlive a line that changed within a second
+    command = [sys.executable, "-m", "pytest", f"tests/{file}", "-x", "-q"]
+    command += ["-p", "no:cacheprovider", *(["-k", words] if words else [])]
+    # Bytecode could outlive a line that changed within a second.
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    options = {"cwd": folder, "env": env, "capture_output": True, "text": True, "timeout": 900}
     try:
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, **options)
     except subprocess.TimeoutExpired:
         return None, []  # a busy machine proves nothing
     return done.returncode, re.findall(r"^FAILED tests/\S*::(\S+)", done.stdout, re.M)
 
 
+def copy_of_the_repository(folder):
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignore)
+    for source in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
+        shutil.copy(source, folder)
+
+
 def main(words):
-    chosen = [m for m in MUTATIONS if not words or any(w in m[0] for w in words)]
+    chosen = [m for m in mistakes() if not words or any(w in m[0] for w in words)]
     not_caught = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-        for source in ROOT.glob("*.py"):
-            shutil.copy(source, folder)
+        copy_of_the_repository(folder)
         for tests in dict.fromkeys(m[4] for m in chosen):  # a test that fails anyway shows nothing
             if pytest_of(folder, tests)[0] != 0:
                 sys.exit(f"the tests do not pass without a mistake: {tests}")
-        for name, file, line, mistake, tests in chosen:
-            text, start = (ROOT / file).read_text(), time.time()
-            if text.count(line) != 1:
+        for name, file, there, mistake, tests in chosen:
+            begun = time.time()
+            text = (folder / file).read_text()
+            if text.count(there) != 1:
                 not_caught.append(name)
-                print(f"DOES NOT APPLY  {name}: stands {text.count(line)} times in {file}", flush=True)
+                print(f"DOES NOT APPLY  {name}: stands {text.count(there)} times in {file}")
                 continue
-            (folder / file).write_text(text.replace(line, mistake))
+            (folder / file).write_text(text.replace(there, mistake))
             status, failed = pytest_of(folder, tests)
             (folder / file).write_text(text)
-            if status == 1:
-                print(f"caught    {name}  ({', '.join(failed)}, {time.time() - start:.0f} s)", flush=True)
-            else:  # 0: all tests passed; else pytest itself failed, e.g. the changed file can't be imported, which proves nothing
+            # 0: all tests passed; 1: one failed; else pytest itself did, e.g. because the changed
+            # file can't be imported, which proves nothing.
+            told = {0: "SURVIVES", 1: "caught  "}.get(status, "BROKEN  ")
+            print(f"{told}  {name}  {', '.join(failed)} {time.time() - begun:.0f} s", flush=True)
+            if status != 1:
                 not_caught.append(name)
-                print(f"{'SURVIVES' if status == 0 else 'BROKEN  '}  {name}", flush=True)
-    print(f"{len(chosen) - len(not_caught)} of {len(chosen)} mistakes caught" + (f"; not: {', '.join(not_caught)}" if not_caught else ""))
+    left = f"; not: {', '.join(not_caught)}" if not_caught else ""
+    print(f"{len(chosen) - len(not_caught)} of {len(chosen)} mistakes caught{left}")
     return len(not_caught)
 
 

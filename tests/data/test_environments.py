@@ -1,13 +1,17 @@
 """The environments: the four source/target pairs against physics, the Gymnasium interface, a user's
 own ids."""
 
+import inspect
+
 import gymnasium as gym
 import numpy as np
 import pytest
-from helpers import user_error
+from bad_env import Once
+from helpers import TINY, user_error
 
-from common import DMCEnv, held_noise, make_envs
-from train_policy import evaluate, mean_and_interval
+import train_policy
+from common import DMCEnv, check_sizes, held_noise, make_envs, sizes_of
+from train_policy import mean_and_interval
 
 NAMES = (
     "PendulumSwingup",
@@ -165,14 +169,128 @@ def test_small_images_are_averages_of_the_large_one(size):
     assert np.abs(small - mean).max() < 1  # up to rounding
 
 
-def test_time_limit_and_image_size_of_make_envs():
+IMAGE_IDS = [
+    f"redraw/PendulumSwingup{name}-v0"
+    for name in ("Images", "ImagesReversed", "Image", "ImageReversed")
+]
+
+
+@pytest.mark.parametrize("env_id", IMAGE_IDS)
+def test_images_instead_of_velocities(env_id):
+    """The last frames in grey, oldest first; the first observation shows the first one thrice."""
+    k = 3 if "Images" in env_id else 1
+    stacked = gym.make(env_id, image_size=16)
+    plain = gym.make(env_id.replace("Images", "").replace("Image", ""), image_size=16)
+    assert set(stacked.observation_space) == {"image"}
+    for seed in (1, 2):
+        frames = [plain.reset(seed=seed)[0]["image"]] * k
+        seen = [stacked.reset(seed=seed)[0]]
+        wanted = [frames[-k:]]
+        for action in random_actions(4, 1):
+            frames.append(plain.step(action)[0]["image"])
+            seen.append(stacked.step(action)[0])
+            wanted.append(frames[-k:])
+        for obs, last in zip(seen, wanted, strict=True):
+            assert stacked.observation_space.contains(obs)
+            grey = np.stack([frame.astype(float).mean(-1) for frame in last], -1)
+            assert np.abs(obs["image"] - grey).max() <= 1
+    stacked.close()
+    plain.close()
+
+
+def test_stock_look_is_dm_control_s():
+    from dm_control import suite
+
+    stock = gym.make("redraw/ReacherEasy-v0", look="stock")
+    fast = gym.make("redraw/ReacherEasy-v0")
+    image = stock.reset(seed=3)[0]["image"]
+    by_hand = suite.load("reacher", "easy", task_kwargs={"random": 3})
+    by_hand.reset()
+    assert np.array_equal(image, by_hand.physics.render(64, 64, camera_id=0))
+    assert not np.array_equal(image, fast.reset(seed=3)[0]["image"])
+    stock.close()
+    fast.close()
+
+
+def test_time_limit_and_image_size_of_make_envs(capsys):
     envs = make_envs("redraw/PendulumSwingup-v0", 2, image_size=16, episode_steps=3)
+    assert "3 steps" in capsys.readouterr().out
     obs, _ = envs.reset(seed=0)
     assert obs["image"].shape == (2, 16, 16, 3)
     assert not np.array_equal(obs["image"][0], obs["image"][1])  # each copy has a seed of its own
     ends = [envs.step(np.zeros((2, 1), np.float32))[3].tolist() for _ in range(3)]
     envs.close()
     assert ends == [[False] * 2, [False] * 2, [True] * 2]
+
+
+@pytest.mark.parametrize("given, limit, told", [(None, 10, 0), (60, 10, 0), (10, 10, 0), (4, 4, 1)])
+def test_episodes_are_never_longer_than_the_environment_s(capsys, given, limit, told):
+    envs = make_envs("toy_env:Toy-v0", 1, episode_steps=given)
+    envs.reset(seed=0)
+    assert len(capsys.readouterr().out.splitlines()) == told  # one line where it is shorter
+    ends = [envs.step(np.zeros((1, 1), np.float32))[3][0] for _ in range(limit)]
+    envs.close()
+    assert ends == [False] * (limit - 1) + [True]
+
+
+def test_an_environment_without_a_limit_gets_one():
+    envs = make_envs("bad_env:Endless-v0", 1, episode_steps=7)
+    envs.reset(seed=0)
+    assert [envs.step(np.zeros((1, 1), np.float32))[3][0] for _ in range(7)][-1]
+    envs.close()
+
+
+def test_infos_are_not_carried():
+    """They may change their length and type, which gymnasium can't join."""
+    envs = make_envs("bad_env:Infos-v0", 3)
+    assert envs.reset(seed=0)[1] == {}
+    for _ in range(25):
+        assert envs.step(np.zeros((3, 1), np.float32))[4] == {}
+    envs.close()
+
+
+@pytest.mark.parametrize("name, word", [("LateNaN", "vector"), ("LateRewardNaN", "reward")])
+def test_what_is_not_finite_ends_where_it_comes_from(name, word):
+    envs = make_envs(f"bad_env:{name}-v0", 2)
+    envs.reset(seed=0)
+    with user_error(f"bad_env:{name}-v0", word, "7 steps"):
+        for _ in range(8):
+            envs.step(np.zeros((2, 1), np.float32))
+    envs.close()
+
+
+def test_what_is_not_finite_in_a_process_of_its_own(capfd):
+    envs = make_envs("bad_env:LateNaN-v0", 2, parallel=True)
+    envs.reset(seed=0)
+    with pytest.raises(SystemExit) as error:
+        for _ in range(8):
+            envs.step(np.zeros((2, 1), np.float32))
+    told = capfd.readouterr().err + str(error.value)
+    assert "error: bad_env:LateNaN-v0: vector" in told and "Traceback" not in told
+
+
+def test_an_action_that_is_not_finite():
+    envs = make_envs("toy_env:Toy-v0", 1)
+    envs.reset(seed=0)
+    with user_error("toy_env:Toy-v0", "action"):
+        envs.step(np.full((1, 1), np.nan, np.float32))
+
+
+@pytest.mark.parametrize(
+    "name, C, V",
+    [("", 3, 2), ("Grey", 1, 2), ("Stack", 9, 2)] + [("Images", 3, 0), ("GreyImages", 1, 0)],
+)
+def test_sizes_of_any_observations(name, C, V):
+    envs = make_envs(f"toy_env:Toy{name}-v0", 2)
+    sizes = sizes_of(envs, S=5)
+    assert (sizes.channels, sizes.vector_size, sizes.action_size, sizes.S) == (C, V, 1, 5)
+    obs, _ = envs.reset(seed=0)
+    assert obs["image"].shape == (2, 16, 16, C) and obs["vector"].shape == (2, V)
+    check_sizes("toy", envs, sizes)
+    if name:
+        with user_error("toy", "channels" if C != 3 else "vector_size"):
+            check_sizes("toy", envs, TINY)
+    envs.close()
 
 
 def test_step_after_an_end_starts_the_next_episode():
@@ -201,43 +319,96 @@ def test_step_after_an_end_starts_the_next_episode():
 
 
 @pytest.mark.parametrize(
-    "env_id, word",
+    "env_id, words",
     [
-        ("redraw/NoSuch-v0", "redraw/PendulumSwingup-v0"),  # names what there is
-        ("no_such_module:Toy-v0", "no_such_module"),
-        ("toy_env:NoSuch-v0", "NoSuch"),
-        ("toy_env:ToyDiscrete-v0", "action"),
-        ("toy_env:ToyWideActions-v0", "RescaleAction"),
-        ("toy_env:ToyNoVector-v0", "vector"),
-        ("toy_env:ToyFloatImage-v0", "uint8"),
-        ("toy_env:ToyOddImage-v0", "64"),
-        ("toy_env:ToyDoubleVector-v0", "float32"),
+        ("redraw/NoSuch-v0", ["redraw/PendulumSwingup-v0"]),  # names what there is
+        ("no_such_module:Toy-v0", ["no_such_module"]),
+        ("toy_env:NoSuch-v0", ["NoSuch"]),
+        ("toy_env:ToyDiscrete-v0", ["action"]),
+        ("toy_env:ToyWideActions-v0", ["RescaleAction"]),
+        ("toy_env:ToyFloatImage-v0", ["uint8"]),
+        ("toy_env:ToyOddImage-v0", ["64"]),
+        ("toy_env:ToyDoubleVector-v0", ["float32"]),
+        ("bad_env:FloatImage-v0", ["image", "float32", "its own space"]),
+        ("bad_env:LaterFloatImage-v0", ["image", "float32", "its own space"]),
+        ("bad_env:FewerColumns-v0", ["(16, 8, 3)"]),
+        ("bad_env:FourValues-v0", ["step 5"]),
+        ("bad_env:RewardArray-v0", ["reward", "(1,)"]),
+        ("bad_env:Vector64-v0", ["float64"]),
     ],
 )
-def test_environments_that_can_not_be_used(env_id, word):
-    with user_error(env_id, word):
+def test_environments_that_can_not_be_used(env_id, words):
+    with user_error(env_id, *words):
         make_envs(env_id, 1)
+
+
+def test_the_useful_words_come_first():
+    """In an error about an id: not after a list of all ids"""
+    with pytest.raises(SystemExit) as error:
+        make_envs("no_such_module:Toy-v0", 1)
+    assert str(error.value).index("No module named") < 150
+
+
+def test_an_environment_that_can_exist_only_once():
+    with user_error("bad_env:Once-v0", "--n-envs 1", "address already in use"):
+        make_envs("bad_env:Once-v0", 2)
+    Once.held = False
+    envs = make_envs("bad_env:Once-v0", 1)  # the copy that was looked at is closed before
+    envs.close()
+    make_envs("bad_env:Once-v0", 1).close()
+
+
+def evaluate(policy, env_id="toy_env:Toy-v0", **changes):
+    policy.sizes = TINY
+    args = train_policy.Args("", "", seed=7, **changes)
+    return train_policy.evaluate(args, env_id, policy)
 
 
 def test_evaluate_counts_one_episode_of_each_copy():
     envs = make_envs("toy_env:Toy-v0", 3)
-    start = envs.reset(seed=7)[0]["vector"][:, 1]
+    start = envs.reset(seed=7 + 20_000)[0]["vector"][:, 1]
     envs.close()
     seen = []
 
     def push_right(image, vector):
         seen.append(image.shape)
-        return np.full((len(vector), 1), 5.0, np.float32)  # is clipped to 1
+        return np.full((len(vector), 1), 5.0, np.float32)
 
-    returns, frames = evaluate("toy_env:Toy-v0", push_right, episodes=3, seed=7)
-    steps = np.ceil((1 - start) / 0.2).astype(
-        int
-    )  # each episode ends at position 1; the copies end at different times
-    assert len(set(steps)) > 1
-    assert returns == pytest.approx(
-        [sum(p + 0.2 * np.arange(1, n + 1)) for p, n in zip(start, steps, strict=True)], abs=1e-4
-    )
-    assert len(frames) == steps[0] + 1 and set(seen) == {(3, 16, 16, 3)}
+    returns, frames = evaluate(push_right, eval_episodes=3)
+    # Each episode ends at position 1; the copies end at different times.
+    steps = np.ceil((1 - start) / 1.0).astype(int)
+    expected = [sum(p + np.arange(1, n + 1)) for p, n in zip(start, steps, strict=True)]
+    assert returns == pytest.approx(expected, abs=1e-4)
+    assert len(frames) == -(-steps[0] // 2) and set(seen) == {(3, 16, 16, 3)}
+
+
+def hold_still(image, vector):
+    return np.zeros((len(vector), 1), np.float32)
+
+
+@pytest.mark.parametrize(
+    "episodes, n_envs, most", [(2, 20, 2), (20, 20, 20), (23, 20, 20), (5, 1, 1)]
+)
+def test_evaluate_runs_as_many_episodes_as_asked(episodes, n_envs, most):
+    """n_envs at a time, each from a start of its own"""
+    together = []
+
+    def policy(image, vector):
+        together.append(len(vector))
+        return hold_still(image, vector)
+
+    returns, frames = evaluate(policy, eval_episodes=episodes, n_envs=n_envs)
+    assert returns.shape == (episodes,) and len(set(returns)) == episodes and len(frames) == 5
+    assert set(together) == {most}
+
+
+def test_a_film_does_not_grow_with_the_episode(monkeypatch):
+    args = train_policy.Args("", "", eval_episodes=2, n_envs=2)
+    hold_still.sizes = TINY
+    _, frames = train_policy.evaluate(args, "toy_env:ToyGoal-v0", hold_still, most_frames=9)
+    assert len(frames) == 9  # of 60 steps
+    default = inspect.signature(train_policy.evaluate).parameters["most_frames"].default
+    assert default <= 500
 
 
 def test_mean_and_interval():
@@ -260,15 +431,3 @@ def test_held_noise_holds():
     assert action.std() == pytest.approx(1 / 3**0.5, rel=0.05)  # uniform in [-1, 1]
     full = np.abs(held_noise(action, hold=1.0, gain=2.0)) == 1
     assert full.mean() == pytest.approx(0.5, abs=0.06)  # half of the draws on a bound
-
-
-@pytest.mark.parametrize("episodes", [2, 20, 23])
-def test_evaluate_runs_as_many_episodes_as_asked(episodes):
-    """twenty at a time, each from a start of its own"""
-    returns, frames = evaluate(
-        "toy_env:Toy-v0",
-        lambda image, vector: np.zeros((len(vector), 1), np.float32),
-        episodes=episodes,
-        seed=7,
-    )
-    assert returns.shape == (episodes,) and len(set(returns)) == episodes and len(frames) == 11

@@ -20,6 +20,10 @@ def noise(monkeypatch):
         drawn.normal.append(torch.randn_like(self.mean))
         return self.mean + self.stddev * drawn.normal[-1]
 
+    def sample(self):
+        return rsample(self).detach()
+
     monkeypatch.setattr(torch, "rand_like", uniform)
     monkeypatch.setattr(torch.distributions.Normal, "rsample", rsample)
+    monkeypatch.setattr(torch.distributions.Normal, "sample", sample)
     return drawn

@@ -161,7 +161,7 @@ def test_residual_sees_the_step_before(inputs):
     log_q = torch.randn(2, 6, TINY.S, TINY.K).log_softmax(-1)
     residual_loss(draw, rectified, log_q, z, action, first)
     assert len(seen) == (1 if inputs == "za" else 6 + 1)  # one batched call, after the recurrence
-    seen = seen[-1]
+    given = seen[-1]
     z0, sigma0 = draw.initial()
     u = draw.observe(z, action, first, rectified)
     for b in range(2):
@@ -175,7 +175,7 @@ def test_residual_sees_the_step_before(inputs):
                 parts.append(sigma.flatten())
             if inputs == "za+base":
                 parts.append(draw.dynamics(z_prev, sigma, a_prev).softmax(-1).flatten())
-            assert torch.allclose(seen[b, t], torch.cat(parts), atol=1e-5)
+            assert torch.allclose(given[b, t], torch.cat(parts), atol=1e-5)
 
 
 @pytest.fixture

@@ -163,7 +163,7 @@ def test_the_actor_critic_leaves_the_world_model_alone(actor_grad):
     draw, ensemble = DRAW(TINY).requires_grad_(True), Ensemble(TINY, 5, 2, 0)
     policy = ActorCritic(TINY)
     nn.init.normal_(policy.critic.net[-1].weight)
-    adam = draw_pretrain.policy_adam(policy, 1e-2)
+    adam = draw_pretrain.adam(1e-2, 1e-5, policy.actor, policy.critic)
     z, sigma, _ = random_states(4)
     parts = {"draw": draw, "ensemble": ensemble, "slow": policy.slow_critic}
     before = {name: copy.deepcopy(module.state_dict()) for name, module in parts.items()}
@@ -228,8 +228,8 @@ def test_what_stage_1_learns_from_policies_is_thrown_away(monkeypatch, tmp_path,
     assert changed(weights[0]["task_actor"], weights[1]["task_actor"])
 
 
-@pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
-def test_stage_3_leaves_the_world_model_alone(monkeypatch, tmp_path, actor_grad):
+@pytest.mark.parametrize("learn", ["reinforce", "search"])
+def test_stage_3_leaves_the_world_model_alone(monkeypatch, tmp_path, learn):
     draw = DRAW(TINY)
     rectified = Rectified(draw, "residual", hidden=8)
     for p in rectified.parameters():
@@ -247,7 +247,7 @@ def test_stage_3_leaves_the_world_model_alone(monkeypatch, tmp_path, actor_grad)
 
     for name in ("load_draw", "load_rectified"):
         monkeypatch.setattr(train_policy, name, remember(getattr(train_policy, name), worlds))
-    monkeypatch.setattr(train_policy, "start_of", remember(train_policy.start_of, policies))
+    monkeypatch.setattr(train_policy, "begin_policy", remember(train_policy.begin_policy, policies))
     train_policy.main(
         train_policy.Args(
             str(tmp_path / "adapted.pt"),
@@ -260,7 +260,7 @@ def test_stage_3_leaves_the_world_model_alone(monkeypatch, tmp_path, actor_grad)
             starts=8,
             horizon=3,
             lr=1e-2,
-            actor_grad=actor_grad,
+            learn=learn,
         )
     )
     for module, original in zip(worlds, (draw, rectified), strict=True):

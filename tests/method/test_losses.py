@@ -467,7 +467,7 @@ def run_policy(monkeypatch, tmp_path, draw, rows, **changes):
     return metrics, load_policy(tmp_path / "run" / "policy.pt")
 
 
-def chain_metrics(monkeypatch, tmp_path, actor_grad):
+def chain_metrics(monkeypatch, tmp_path):
     """The first update of stage 3 on the chain of above, with one terminal state among eight
     starts"""
     monkeypatch.setattr(
@@ -482,12 +482,11 @@ def chain_metrics(monkeypatch, tmp_path, actor_grad):
     draw.cont = lambda z: 1 - 0.5 * z[..., 0, 2]
     rows = random_rows(8)
     rows["is_terminal"][3] = True
-    return run_policy(monkeypatch, tmp_path, draw, rows, actor_grad=actor_grad, return_floor=0.5)[0]
+    return run_policy(monkeypatch, tmp_path, draw, rows, return_floor=0.5)[0]
 
 
-@pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
-def test_stage_3_returns_and_weights(monkeypatch, tmp_path, actor_grad):
-    metrics = chain_metrics(monkeypatch, tmp_path, actor_grad)
+def test_stage_3_returns_and_weights(monkeypatch, tmp_path):
+    metrics = chain_metrics(monkeypatch, tmp_path)
     assert metrics["policy/return"] == pytest.approx([np.mean(RETURNS)], rel=1e-3)
     assert metrics["policy/critic_loss"] == pytest.approx(
         [7 / 8 * MEAN_WEIGHT * 2 * math.log(255)], rel=1e-3
@@ -495,10 +494,9 @@ def test_stage_3_returns_and_weights(monkeypatch, tmp_path, actor_grad):
     assert metrics["policy/scale"] == [0.5]  # the floor
 
 
-@pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
-def test_stage_3_bootstraps_from_the_critic(monkeypatch, tmp_path, actor_grad):
+def test_stage_3_bootstraps_from_the_critic(monkeypatch, tmp_path):
     monkeypatch.setattr(common, "Critic", critic_of_places)
-    assert chain_metrics(monkeypatch, tmp_path, actor_grad)["policy/return"] == pytest.approx(
+    assert chain_metrics(monkeypatch, tmp_path)["policy/return"] == pytest.approx(
         [MEAN_BOOTSTRAPPED_RETURN], rel=1e-3
     )
 
@@ -526,8 +524,7 @@ def test_stage_3_starts_where_reward_is_predicted(monkeypatch, tmp_path):
         assert low <= metrics["policy/reward"][0] <= high
 
 
-@pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
-def test_policy_learns_to_do_what_pays(monkeypatch, tmp_path, actor_grad):
+def test_policy_learns_to_do_what_pays(monkeypatch, tmp_path):
     draw = DRAW(TINY)
     sign = torch.tensor([1.0, -1.0, 0.0, 0.0])
     draw.dynamics = lambda z, sigma, action: (
@@ -535,8 +532,6 @@ def test_policy_learns_to_do_what_pays(monkeypatch, tmp_path, actor_grad):
     )  # a positive action leads to class 0
     draw.reward = lambda z: z[..., 0].mean(-1)  # which pays
     rows = random_rows(8)
-    _, policy = run_policy(
-        monkeypatch, tmp_path, draw, rows, actor_grad=actor_grad, updates=60, lr=1e-2, entropy=0.0
-    )
+    _, policy = run_policy(monkeypatch, tmp_path, draw, rows, updates=60, lr=1e-2, entropy=0.0)
     z = sample_onehot(torch.full((100, TINY.S, TINY.K), 1 / TINY.K))
     assert policy.actor(z).mean.mean() > 0.5

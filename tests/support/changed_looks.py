@@ -1,6 +1,8 @@
-"""The pendulum with the source's dynamics and other looks, for the report's "visual drift". As target environments:
+"""The pendulum with the source's dynamics and other looks, for the report's "visual drift". As
+target environments:
 
-    PYTHONPATH=tests python redraw_adapt.py ... --target-env-id changed_looks:redraw/PendulumSwingupCamera-v0
+PYTHONPATH=tests python redraw_adapt.py ... --target-env-id
+changed_looks:redraw/PendulumSwingupCamera-v0
 """
 
 import gymnasium as gym
@@ -24,4 +26,10 @@ class ChangedLooks(DMCEnv):
 
 
 for name, changes in (("Camera", {"shift": 0.1}), ("Colours", {"tint": (1.0, 0.8, 0.6)})):
-    gym.register(f"redraw/PendulumSwingup{name}-v0", ChangedLooks, kwargs=changes, max_episode_steps=500, disable_env_checker=True)
+    gym.register(
+        f"redraw/PendulumSwingup{name}-v0",
+        ChangedLooks,
+        kwargs=changes,
+        max_episode_steps=500,
+        disable_env_checker=True,
+    )
