@@ -94,7 +94,7 @@ class Args:
     episode_steps: int | None = None  # end episodes after so many steps: more start states
     image_size: int = 64  # pixels of a side, for this project's environments
     look: Literal["fast", "stock"] = "fast"  # of this project's; stock is dm_control's own, slower
-    augment: float = 0.0  # 0 to 1: changes of looks that the encoder sees; larger: more robust
+    augment: float = 0.0  # 0 to 1: changes of looks (RGB only) that the encoder sees: more robust
     collect: Literal["explore", "task", "random", "mixed"] = "explore"  # mixed: drawn by episode
     prefill: int = 1024  # random steps before the first update
     hold: float = 1.0  # steps that a random action lasts on average; larger: farther swings
@@ -131,10 +131,10 @@ class Args:
     lam: float = 0.95  # lambda; larger: returns rest on imagined rewards, smaller: on the critic
     entropy: float = 3e-4  # weight of the policies' entropy; larger: more random for longer
     actor_lr: float = 3e-5  # of actors and critics
-    return_floor: float = 0.01  # returns count relative to their range, at least to this
+    return_floor: float = 0.01  # returns are divided by their range or, if larger, by this
     actor_grad: Literal["reinforce", "dynamics"] = "reinforce"  # dynamics: through the world model
     ensemble: int = 8  # members
-    ensemble_target: int = 0  # members predict so many projections of the embedding; 0: all of it
+    ensemble_target: int = 0  # members predict so many random projections of embed; 0: all of it
 
 
 # What the presets change; "paper" is Args as it stands.
@@ -409,7 +409,6 @@ def main(args):
     sizes = sizes_of(envs, **{name: getattr(args, name) for name in networks})
     if args.augment and sizes.channels != 3:
         raise UserError(f"--augment needs RGB images, {args.env_id} has {sizes.channels} channels")
-
     draw = DRAW(sizes).to(device, memory_format=torch.channels_last)
     dynamics = Rectified(draw)  # f itself
     ensemble = Ensemble(sizes, draw.encoder.embed_size, args.ensemble, args.ensemble_target)
@@ -465,6 +464,7 @@ def main(args):
         )
         if args.parallel_envs:
             envs.step_async(action)  # they step while the models learn
+
         wanted = min(total, (step - args.prefill) / args.train_every)
         while updates < wanted:
             set_learning_rate(args, optimizers, updates, total)
@@ -548,10 +548,10 @@ def check(args):
 def replay_rows(args, sizes):
     """--replay-size, or all rows of the run; at most as many as half of the memory holds"""
     rows = args.replay_size or args.steps
-    row = sizes.image_size**2 * sizes.channels + 4 * (sizes.vector_size + sizes.action_size) + 7
+    row_bytes = sizes.image_size**2 * sizes.channels + 4 * (sizes.vector_size + sizes.action_size)
     if not hasattr(os, "sysconf"):  # Windows
         return rows
-    fits = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (2 * row)
+    fits = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (2 * row_bytes)
     if rows > fits:
         print(f"the replay keeps the newest {fits} rows, half of this machine's memory")
     return min(rows, fits)
