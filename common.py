@@ -349,18 +349,20 @@ class ActorCritic(nn.Module):
         self.register_buffer("range", torch.zeros(()))
 
     @torch.no_grad()
-    def update_slow_critic(self):
-        """slow = 0.98 slow + 0.02 critic, after each update"""
+    def update_slow_critic(self, rate=0.02):
+        """slow = (1 - rate) slow + rate critic, after each update"""
         for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters(), strict=True):
-            slow.lerp_(fast, 0.02)
+            slow.lerp_(fast, rate)
 
 
 class Policy(nn.Module):
-    """x_t -> a_t, all that deployment needs: encoder, posterior and actor, shared with `draw`."""
+    """x_t -> a_t, all that deployment needs: encoder and posterior, shared with `draw`, and actor.
+    It samples z and a, or `by_mean` takes the mean of both."""
 
-    def __init__(self, sizes, draw=None, actor=None):
+    def __init__(self, sizes, draw=None, actor=None, by_mean=False):
         super().__init__()
         self.sizes = sizes
+        self.by_mean = by_mean
         self.actor = actor or Actor(sizes)
         draw = draw or DRAW(sizes)
         self.encoder = draw.encoder
@@ -374,8 +376,9 @@ class Policy(nn.Module):
         device = next(self.parameters()).device
         image = torch.as_tensor(image, device=device)
         vector = torch.as_tensor(vector, device=device)
-        z = sample_onehot(self.posterior(self.encoder(image, vector)).exp())
-        return self.actor(z).sample().clamp(-1, 1).cpu().numpy()
+        q = self.posterior(self.encoder(image, vector)).exp()
+        action = self.actor(q).mean if self.by_mean else self.actor(sample_onehot(q)).sample()
+        return action.clamp(-1, 1).cpu().numpy()
 
 
 class Encoder(nn.Module):
@@ -523,14 +526,14 @@ def read_npz(file, keys):
     """Those of `keys` that a .npz file holds, as arrays. Of a DreamerV3 chunk, named
     TIME-UUID-SUCCESSOR-ROWS.npz, only the first ROWS rows hold data."""
     chunk = re.fullmatch(r"\d{8}T\w+-\w+-\w+-(\d+)", Path(file).stem)
+    rows = int(chunk[1]) if chunk else None
     arrays = {}
     problem = f"{file} can't be read as a .npz dataset; is it complete?"
     with explained(problem), np.load(file, allow_pickle=False) as npz:
         for key in keys:
             names = VECTOR_NAMES if key == "vector" else (key,)
             for name in [name for name in names if name in npz.files][:1]:
-                value = np.asarray(npz[name])
-                arrays[key] = value[: int(chunk[1])] if chunk else value
+                arrays[key] = np.asarray(npz[name])[:rows]
     return arrays
 
 
@@ -653,8 +656,9 @@ class Replay:
         return batch
 
     def save(self, folder):
-        """Writes the rows since the last save, a file per environment named by its first row;
-        deletes files whose rows have all left the ring."""
+        """Writes the rows since the last save, a file per environment named by its first row.
+        Deletes what had left the ring by then; a run that is killed now goes on from that save."""
+        needed = self.saved - self.length
         begin = max(self.saved, self.added - len(self))
         rows = np.arange(begin, self.added) % self.length
         for env in range(len(self.data["reward"]) if len(rows) else 0):
@@ -664,21 +668,24 @@ class Replay:
         files = sorted(Path(folder).glob("env*.npz"))
         for file, newer in zip(files[:-1], files[1:], strict=True):
             same_env = file.stem[:6] == newer.stem[:6]
-            if same_env and int(newer.stem[7:]) <= self.added - len(self):
+            if same_env and int(newer.stem[7:]) <= needed:
                 file.unlink()
 
     def load(self, folder, added):
         """Reads back what `save` wrote by the time that `added` rows had been added. Less, if this
-        process of several was killed before its save."""
+        process of several was killed before its save. Deletes what was written after that time."""
         ends = [0] * len(self.data["reward"])
         for file in sorted(Path(folder).glob("env*.npz")):
-            chunk = read_npz(file, self.data)
             env = int(file.stem[3:6])
             begin = int(file.stem[7:])
-            ends[env] = min(begin + len(chunk["reward"]), added)
-            rows = np.arange(begin, ends[env])
+            if begin >= added:
+                file.unlink()
+                continue
+            chunk = read_npz(file, self.data)
+            ends[env] = begin + len(chunk["reward"])
+            rows = np.arange(begin, ends[env]) % self.length
             for key, data in self.data.items():
-                data[env, rows % self.length] = chunk[key][: len(rows)]
+                data[env, rows] = chunk[key]
         self.added = self.saved = min(ends)
 
 
@@ -741,6 +748,7 @@ def load_policy(path, device="cpu"):
     """The policy of a checkpoint of train_policy.py, ready to act."""
     file = load_checkpoint(path, ("train_policy",), device)
     policy = load_module(file, "policy", lambda: Policy(Sizes(**file["sizes"])), device)
+    policy.by_mean = bool(file.get("by_mean", False))
     return policy.to(memory_format=torch.channels_last)  # the faster one for a single image
 
 
@@ -857,8 +865,9 @@ class Plain(gym.Wrapper):
     """An environment without infos, which nobody reads, and with an empty vector if it has none.
     UserError if a vector, a reward or an action is NaN or infinite."""
 
-    def __init__(self, env):
+    def __init__(self, env, env_id):
         super().__init__(env)
+        self.env_id = env_id
         self.steps = 0
         self.observation_space = gym.spaces.Dict({"vector": NO_VECTOR, **env.observation_space})
 
@@ -876,8 +885,8 @@ class Plain(gym.Wrapper):
         obs = {"vector": np.zeros(0, np.float32), **obs}
         for name, value in {"vector": obs["vector"], **numbers}.items():
             if not np.isfinite(value).all():
-                env_id = self.spec.id
-                raise UserError(f"{env_id}: {name} is NaN or infinite after {self.steps} steps")
+                when = f"after {self.steps} steps"
+                raise UserError(f"{self.env_id}: {name} is NaN or infinite {when}")
         return obs
 
 
@@ -901,7 +910,7 @@ def make_env(env_id, worker=False, **kwargs):
     """gymnasium.make; a worker process finds it here, so it has this file's registrations."""
     if worker and parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which saves first
-    return Plain(gym.make(env_id, **kwargs))
+    return Plain(gym.make(env_id, **kwargs), env_id)
 
 
 def check_env(env_id, env):
