@@ -212,6 +212,7 @@ def main(args):
     check(args)
     device = prepare(args)
     checkpoint = load_checkpoint(args.checkpoint, ("draw_pretrain",), device)
+    source_range(checkpoint)  # what is wrong with it is found now
     draw = load_draw(checkpoint, device)
     rectified = Rectified(draw, args.method, args.hidden, args.layers, args.inputs, args.members)
     rectified.to(device)
@@ -310,6 +311,19 @@ def check(args):
     check_range(args, 0, 10**9, "updates")
     check_range(args, 0, 0.9, "holdout")
     check_range(args, 0, 1, "collect_noise")
+
+
+def source_range(checkpoint):
+    """The yardsticks of the report from draw.pt; None of an unfinished stage 1"""
+    home = checkpoint.get("source_range")
+    with explained(f"{checkpoint['file']} is damaged: its source_range makes no sense"):
+        if home is not None and not home["kl"] > 0:
+            raise ValueError(home)
+        for name in FRAME_FIGURES if home is not None else ():
+            low, median, high = home[name]
+            if not low <= median <= high:
+                raise ValueError(home)
+    return home
 
 
 def open_target(args, checkpoint, draw):
@@ -414,7 +428,7 @@ def report(run, args, checkpoint, draw, rectified, dataset, data, rows):
     rectified.load_state_dict(saved["rectified"])
     source = load_draw(checkpoint, data["log_q"].device)
     base = Rectified(source)
-    home = checkpoint.get("source_range")
+    home = source_range(checkpoint)
     figures = {"data": {"rows": len(dataset["is_first"]), "best.pt of update": saved["updates"]}}
     for part in rows:
         kl = {"base": mean_kl(source, base, data, rows[part], args.length)}
