@@ -196,7 +196,7 @@ def main(args):
     again = True
     while again:
         robot = (SimulatedRobot if args.robot == "sim" else Duckiebot)(args, size, keys)
-        end = drive(args, robot, make_driver(args, policy, keys, robot), log)
+        end = drive(args, policy, robot, log)
         log.save()
         if end.confirmed and end.cause:
             raise end.cause
@@ -212,13 +212,14 @@ def main(args):
         raise UserError(f"stopped: {end}")
 
 
-def drive(args, robot, driver, log):
+def drive(args, policy, robot, log):
     """Arms the robot and drives it. Whatever ends that, the robot is stopped. -> Stop, why"""
     handlers = {number: signal.signal(number, interrupt) for number in STOPPING}
     end = Stop("--max-seconds are over", fault=False)
     try:
         gc.collect()
         gc.freeze()  # else each collection looks through all of PyTorch, for a tenth of a second
+        driver = make_driver(args, policy, robot)
         robot.arm(driver)
         robot.keys.start()
         control(args, robot, driver, log)
@@ -318,7 +319,7 @@ def policy_of(args):
 # ---- What drives ---------------------------------------------------------------------------------
 
 
-def make_driver(args, policy, keys, robot):
+def make_driver(args, policy, robot):
     """-> function Seen -> action (2,): speed and turning, in shares of SPEED and TURN"""
     noise = np.zeros((1, 2), np.float32)
 
@@ -339,7 +340,7 @@ def make_driver(args, policy, keys, robot):
     if args.drive == "joystick":
         return open_joystick(args.joystick)
     drivers = {"policy": think, "random": wander, "expert": steer}
-    return drivers.get(args.drive) or keys.action
+    return drivers.get(args.drive) or robot.keys.action
 
 
 class Keys:
@@ -530,7 +531,8 @@ class Link:
         self.stood = 0  # zeros in a row that the robot executed
         self.handlers = {}
         self.answers = {}
-        threading.Thread(target=self.read, daemon=True).start()
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
         self.wheels = f"/{vehicle}/wheels_driver_node/wheels_cmd"
         self.estop = f"/{vehicle}/wheels_driver_node/emergency_stop"
         if not mute:
@@ -822,6 +824,7 @@ class Duckiebot:
         elif self.watchdog:
             say(b"q")
         self.link.ws.close_socket()
+        self.link.reader.join(2)  # Python can't end well while it decodes a picture
         return confirmed
 
     def others(self):

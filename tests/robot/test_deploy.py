@@ -1,4 +1,5 @@
-"""Driving a robot: what it sends, what it records, and that it stops. The robot is fake_rosbridge.py's."""
+"""Driving a robot: what it sends, what it records, and that it stops.
+The robot is fake_rosbridge.py's."""
 
 import base64
 import os
@@ -27,7 +28,8 @@ SIZES = Sizes(**{**vars(TINY), "action_size": 2})
 
 
 class Script:
-    """In the place of a policy: always the same action, and something else in its n-th call (the first three are the check before arming)"""
+    """In the place of a policy: always the same action, and something else in its n-th call (the
+    first three are the check before arming)"""
 
     sizes = SIZES
 
@@ -59,7 +61,8 @@ def robot():
 
 @pytest.fixture
 def drive(robot, monkeypatch):
-    """Function that drives the fake robot in this process and returns what main raised; the fixture's pipe is the terminal."""
+    """Function that drives the fake robot in this process and returns what main raised; the
+    fixture's pipe is the terminal."""
     popen, watchdogs = subprocess.Popen, []
     monkeypatch.setattr(
         subprocess, "Popen", lambda *a, **k: watchdogs.append(popen(*a, **k)) or watchdogs[-1]
@@ -143,7 +146,7 @@ def test_drives_at_ten_hertz_and_ends_with_zeros(robot, drive, capsys):
 
 @pytest.mark.parametrize("resolution, radius", [(135, 0.0318), (270, 0.05)])
 def test_measured_velocity_is_that_of_the_wheels(robot, drive, tmp_path, resolution, radius):
-    """By the resolution that the robot tells and the radius in its file: the wheels turn at 27 rad/s per duty."""
+    """By the resolution that the robot tells and the radius in its file: 27 rad/s per duty."""
     robot.resolution = resolution
     (tmp_path / "wheels.yaml").write_text(
         f"{{gain: 1, trim: 0, baseline: 0.1, radius: {radius}, k: 27, limit: 1}}"
@@ -199,8 +202,8 @@ def test_address_with_a_port(robot, drive, address, words):
 
 def test_help_works_without_a_terminal_library():
     """On Windows there is no termios; stage 4 does not drive from there, and says so."""
-    source = "import signal, sys; sys.modules['termios'] = None; del signal.SIGHUP; import tyro, deploy_duckiebot as d; "
-    source += "sys.platform = 'win32'; d.main(tyro.cli(d.Args))"
+    source = "import signal, sys; sys.modules['termios'] = None; del signal.SIGHUP; "
+    source += "import tyro, deploy_duckiebot as d; sys.platform = 'win32'; d.main(tyro.cli(d.Args))"
     for flags, code, words in ((["--help"], 0, "--robot"), (["--drive", "random"], 1, "Linux")):
         done = subprocess.run(
             [sys.executable, "-c", source, *flags], cwd=ROOT, capture_output=True, text=True
@@ -267,9 +270,18 @@ def test_no_motion_without_arming(robot, drive, typed):
 
 @pytest.mark.parametrize(
     "fault, words",
-    [("no frames", "camera_node"), ("corrupt frames", "JPEG"), ("small frames", "640x480"), ("no acknowledgements", "wheels_cmd_executed"),
-     ("no ticks", "encoder"), ("frozen frames", "changed"), ("garbage", "camera_node"), ("old frames", "1.0"), ("late acknowledgements", "late")],
-)  # fmt: skip
+    [
+        ("no frames", "camera_node"),
+        ("corrupt frames", "JPEG"),
+        ("small frames", "640x480"),
+        ("frozen frames", "changed"),
+        ("garbage", "camera_node"),
+        ("old frames", "1.0"),
+        ("no ticks", "encoder"),
+        ("no acknowledgements", "wheels_cmd_executed"),
+        ("late acknowledgements", "late"),
+    ],
+)
 def test_robot_that_is_not_fit_is_not_armed(robot, drive, capsys, fault, words):
     robot.fault.add(fault)
     error = drive(Script())
@@ -280,31 +292,41 @@ def test_robot_that_is_not_fit_is_not_armed(robot, drive, capsys, fault, words):
 def test_mistakes_before_the_motors_are_armed(robot, drive, tmp_path):
     bad, not_camera = tmp_path / "bad.yaml", tmp_path / "camera.yaml"
     bad.write_text("gain: 1.0\ntrim: 0.0\n")
-    not_camera.write_text(
-        "image_width: 320\nimage_height: 240\ncamera_matrix: {data: [1,0,0,0,1,0,0,0,1]}\ndistortion_coefficients: {data: [0,0,0,0]}\n"
-    )
+    camera = "image_width: {}\nimage_height: {}\ncamera_matrix: {{data: [{},0,0,0,1,0,0,0,1]}}\n"
+    camera += "distortion_coefficients: {{data: [0,0,0,0]}}\n"
+    not_camera.write_text(camera.format(320, 240, 1))
     bent = tmp_path / "bent.yaml"
     bent.write_text("{gain: 1, trim: 0, baseline: 0, radius: 0.03, k: 27, limit: 1}")
     trim, empty, zero = tmp_path / "trim.yaml", tmp_path / "empty.yaml", tmp_path / "zero.yaml"
     trim.write_text("{gain: 0.2, trim: -0.3}")
     empty.write_text("")
-    zero.write_text(
-        not_camera.read_text()
-        .replace("320", "640")
-        .replace("240", "480")
-        .replace("[1,0,0,0,1,0,0,0,1]", "[0,0,0,0,0,0,0,0,0]")
-    )
+    zero.write_text(camera.format(640, 480, 0))
     wrong = tmp_path / "policy.pt"
     save_checkpoint(
         wrong, stage="train_policy", args={}, sizes=vars(TINY), policy=Policy(TINY).state_dict()
     )
+    none, stick = str(tmp_path / "none.yaml"), str(tmp_path / "js")
     for flags, words in (
-        ({"kinematics": None}, "--kinematics"), ({"kinematics": str(tmp_path / "none.yaml")}, "none.yaml"), ({"kinematics": str(not_camera)}, "baseline"),
-        ({"kinematics": str(bent)}, "above 0"), ({"kinematics": str(trim)}, "trim"), ({"kinematics": str(empty)}, "gain"), ({"camera": str(empty)}, "camera_matrix"), ({"camera": str(zero)}, "focal"), ({"camera": str(tmp_path / "none.yaml")}, "none.yaml"), ({"camera": str(not_camera)}, "640x480"),
-        ({"camera": str(bad)}, "camera_matrix"), ({"port": 1}, "rosbridge"), ({"vehicle": "other"}, "--vehicle"), ({"drive": "expert"}, "sim"), ({"video": "x"}, "--video"),
-        ({"drive": "joystick", "joystick": str(tmp_path / "js")}, "joystick"), ({"max_speed": -1.0}, "max-speed"),
-        ({"image_size": 48}, "--image-size"), ({"robot": "sim", "dry_run": True}, "--dry-run"),
-    ):  # fmt: skip
+        ({"kinematics": None}, "--kinematics"),
+        ({"kinematics": none}, "none.yaml"),
+        ({"kinematics": str(not_camera)}, "baseline"),
+        ({"kinematics": str(bent)}, "above 0"),
+        ({"kinematics": str(trim)}, "trim"),
+        ({"kinematics": str(empty)}, "gain"),
+        ({"camera": none}, "none.yaml"),
+        ({"camera": str(empty)}, "camera_matrix"),
+        ({"camera": str(bad)}, "camera_matrix"),
+        ({"camera": str(not_camera)}, "640x480"),
+        ({"camera": str(zero)}, "focal"),
+        ({"port": 1}, "rosbridge"),
+        ({"vehicle": "other"}, "--vehicle"),
+        ({"drive": "expert"}, "sim"),
+        ({"video": "x"}, "--video"),
+        ({"drive": "joystick", "joystick": stick}, "joystick"),
+        ({"max_speed": -1.0}, "max-speed"),
+        ({"image_size": 48}, "--image-size"),
+        ({"robot": "sim", "dry_run": True}, "--dry-run"),
+    ):
         error = drive(Script(), typed="", **flags)
         assert isinstance(error, SystemExit) and words in str(error) and "\n" not in str(error), (
             flags,
@@ -329,10 +351,19 @@ def test_mistakes_before_the_motors_are_armed(robot, drive, tmp_path):
 
 @pytest.mark.parametrize(
     "fault, words",
-    [("no frames", "no camera frame"), ("frozen frames", "not changed"), ("late frames", "no camera frame"), ("old frames", "old"), ("corrupt frames", "JPEG"),
-     ("small frames", "JPEG of 640x480"), ("garbage", "no camera frame"), ("no acknowledgements", "no acknowledgement"),
-     ("late acknowledgements", "no acknowledgement"), ("no ticks", "no ticks of the left")],
-)  # fmt: skip
+    [
+        ("no frames", "no camera frame"),
+        ("frozen frames", "not changed"),
+        ("late frames", "no camera frame"),
+        ("old frames", "old"),
+        ("corrupt frames", "JPEG"),
+        ("small frames", "JPEG of 640x480"),
+        ("garbage", "no camera frame"),
+        ("no ticks", "no ticks of the left"),
+        ("no acknowledgements", "no acknowledgement"),
+        ("late acknowledgements", "no acknowledgement"),
+    ],
+)
 def test_faults_of_the_robot_stop_it(robot, drive, fault, words):
     robot.when(10, fault)
     error = drive(Script())
@@ -382,7 +413,8 @@ def test_connection_that_breaks_just_before_the_end(robot, drive, monkeypatch):
 
 @pytest.mark.parametrize("outage, confirmed", [(0.6, True), (2.0, None), (6.0, False)])
 def test_network_that_swallows_packets(robot, drive, capsys, outage, confirmed):
-    """No connection is reset, and those from before stay dead. The watchdog dials anew until its zeros are acknowledged; the driver says whether they were."""
+    """No connection is reset, and those from before stay dead. The watchdog dials anew until its
+    zeros are acknowledged; the driver says whether they were."""
     back = []
 
     def cut():
@@ -410,7 +442,7 @@ def test_network_that_swallows_packets(robot, drive, capsys, outage, confirmed):
 
 
 def test_network_that_dies_at_the_normal_end(robot, drive, monkeypatch):
-    """The zeros of an end without a fault are lost, too; here the driver is the one that does not believe its own writes."""
+    """The zeros of an end without a fault are lost, too: the driver must not believe its writes."""
     stop = deploy.Duckiebot.stop
 
     def cut_and_stop(self, fault):
@@ -497,7 +529,9 @@ def run_guard(robot, monkeypatch):
 
     robot.listener = hear
     rospy = types.SimpleNamespace(
-        Publisher=Publisher, Subscriber=lambda topic, kind, callback: callbacks.append(callback), get_name=lambda: "/redraw_guard",
+        Publisher=Publisher,
+        Subscriber=lambda topic, kind, callback: callbacks.append(callback),
+        get_name=lambda: "/redraw_guard",
         init_node=lambda name: None, is_shutdown=end.is_set,
     )  # fmt: skip
     messages = types.SimpleNamespace(WheelsCmdStamped=WheelsCmdStamped, Float32=float)
@@ -734,7 +768,7 @@ def start_watchdog(robot):
 
 
 def test_watchdog_believes_only_acknowledgements(robot):
-    """As long as none come it sends zeros, over one connection after the other; then it says so and ends."""
+    """As long as none come it sends zeros, over one connection after the other; then it ends."""
     robot.fault.add("no acknowledgements")
     dog = start_watchdog(robot)
     dog.stdin.write(b"hx")
@@ -867,7 +901,7 @@ def test_recording(robot, drive, tmp_path):
 
 @pytest.mark.parametrize("fault", ["a bug", "a broken connection", "a full disk"])
 def test_no_fault_loses_what_was_recorded(robot, drive, tmp_path, monkeypatch, capsys, fault):
-    """The robot stands first, then the rows are written; if not where they should be, then elsewhere"""
+    """The robot stands first, then the rows are written; where that fails, elsewhere."""
     given, elsewhere, stood, write = (
         tmp_path / "out.npz",
         tmp_path / "elsewhere",
@@ -919,7 +953,8 @@ def test_sequences_are_split_where_the_timing_broke():
     first = np.zeros(9, bool)
     first[2] = True  # an episode of the simulator
     rows = [
-        {"time_action": t, "time_image": t - d, "is_first": f} for t, d, f in zip(times, lag, first)
+        {"time_action": t, "time_image": t - d, "is_first": f}
+        for t, d, f in zip(times, lag, first, strict=True)
     ]
     data = deploy.dataset_of(rows)
     #                                             0.15 s       0.07 s    late, and after it
@@ -928,7 +963,7 @@ def test_sequences_are_split_where_the_timing_broke():
 
 
 def test_recording_stays_whole_when_pictures_come_late(drive, tmp_path, capsys):
-    """Delays with median 7, 90th percentile 12 and 99th 43 ms, as they were measured through a proxy"""
+    """Delays with median 7, 90th percentile 12 and 99th 43 ms, as were measured through a proxy"""
     rng = np.random.default_rng(0)
     normal = np.sort(rng.normal(size=1 << 16))
     scores = np.interp([0.5, 0.9, 0.99], np.linspace(0, 1, len(normal)), normal)
@@ -954,7 +989,7 @@ def test_recording_stays_whole_when_pictures_come_late(drive, tmp_path, capsys):
 
 
 def test_a_drive_that_stopped_goes_on_in_the_same_recording(robot, tmp_path):
-    """At a terminal: armed, a short gap of pictures, y, armed again; the time limit holds for both parts."""
+    """At a terminal: armed, a short gap of pictures, y, armed again; the time limit counts both."""
     driver, terminal, said = start_at_terminal(
         robot, tmp_path, "--record", str(tmp_path / "out.npz"), "--max-seconds", "4"
     )
@@ -1011,7 +1046,7 @@ def start_at_terminal(robot, tmp_path, *flags):
 
 
 def test_random_driving_goes_forwards_and_is_correlated():
-    drive = deploy.make_driver(deploy.Args(drive="random", hold=5.0), None, None, None)
+    drive = deploy.make_driver(deploy.Args(drive="random", hold=5.0), None, None)
     actions = np.array([drive(None) for _ in range(3000)])
     assert (
         (actions[:, 0] >= 0).all()
@@ -1042,9 +1077,8 @@ def test_kinematics_with_a_calibration():
 
 
 def test_undistortion_makes_a_pinhole_camera():
-    angle = np.deg2rad(
-        30
-    )  # a ray 30 degrees to the right of the axis: the fisheye has it at f angle, the pinhole at f tan(angle)
+    # A ray 30 degrees to the right: the fisheye has it at f angle, the pinhole at f tan(angle).
+    angle = np.deg2rad(30)
     picture = np.zeros((480, 640), np.uint8)
     cv2.circle(picture, (round(320 + 307.976 * angle), 240), 4, 255, -1)
     picture = cv2.resize(picture, (320, 240), interpolation=cv2.INTER_AREA)
