@@ -339,6 +339,7 @@ trim on the wrong wheel
 def mistakes():
     """[(name, file, what stands there, the mistake, the tests)]"""
     found = []
+    name = None
     for section in re.split(r"^== ", MISTAKES, flags=re.M)[1:]:
         head, *lines = section.strip().splitlines()
         file, tests = head.split(" | ")
@@ -349,7 +350,7 @@ def mistakes():
             elif line:
                 if block["-"]:
                     there, mistake = ("\n".join(block[sign]) for sign in "-+")
-                    found.append((name, file, there, mistake, tests))  # noqa: F821
+                    found.append((name, file, there, mistake, tests))
                 name = line
                 block = {"-": [], "+": []}
     return found

@@ -463,15 +463,16 @@ def test_the_two_sides_of_the_kl():
     below = 0
     for side, (factor, grad) in enumerate(zip((0.5, 1.5), grads, strict=True)):
         for b, t in np.ndindex(2, 6):
-
-            def loss(weights):
-                q, p = mix64(softmax64(weights["q"])), mix64(softmax64(weights["u"]))
-                return factor * max(1.0, kl64(q, p)) / 12 * (t > 0 and not data["is_first"][b, t])
-
             both = {"q": double(logits_q[b, t]), "u": double(u[b, t])}
-            below += loss(both) == factor / 12
+            known = t > 0 and not data["is_first"][b, t]
+
+            def loss(moved, both=both, factor=factor, known=known):
+                q, p = (mix64(softmax64((both | moved)[name])) for name in ("q", "u"))
+                return known * factor * max(1.0, kl64(q, p)) / 12
+
+            below += loss({}) == factor / 12
             name = ("q", "u")[side]
-            for _, i, slope in quotients64(lambda moved: loss(both | moved), {name: both[name]}, 4):
+            for _, i, slope in quotients64(loss, {name: both[name]}, 4):
                 assert grad[b, t].flatten()[i].item() == pytest.approx(slope, rel=1e-2, abs=1e-5)
     assert 2 <= below <= 16  # cases of both kinds
 

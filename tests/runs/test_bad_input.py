@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.utils.tensorboard  # noqa: F401 (before a test gives its rights away)
 import tyro
+from bad_env import Once
 from bad_files import (
     ADAPTED,
     CHECKPOINTS,
@@ -100,10 +101,6 @@ def files(tmp_path_factory):
         save_dataset(F / name / "0.npz", random_rows(6))
         (F / name / "1.npz").write_bytes(second)
     (F / "folder-of-folders" / "0.npz").mkdir(parents=True)
-    save_dataset(
-        F / "one-episode.npz",
-        rows | {"is_first": np.arange(N) == 0, "is_last": np.arange(N) == N - 1},
-    )
     (F / "raises_at_import.py").write_text("raise RuntimeError('a module of mine\\nis not ready')")
     (F / "no_python.py").write_text("def broken(:")
     return F
@@ -248,7 +245,7 @@ FLAGS = [
             ("--holdout nan", "--holdout"),
             ("--holdout 1", "--holdout"),
             ("--dataset-rows 1", "--dataset-rows"),
-            ("--dataset-rows 8", "too little data"),
+            ("--dataset-rows 8", "too few"),
             ("--finetune-lr 0", "--finetune-lr"),
             ("--finetune-lr nan", "--finetune-lr"),
             ("--inputs z",),
@@ -259,7 +256,6 @@ FLAGS = [
             ("--members 1000000000000", "--members"),
             ("--lr 0", "--lr"),
             ("--dataset {F}/nowhere.npz", "nowhere.npz"),
-            ("--dataset {F}/one-episode.npz", "6 rows held-out"),
             ("--checkpoint {F}/adapted.pt", "redraw_adapt.py", "draw_pretrain.py"),
             ("--target-env-id toy_env:Toy-v0", "--dataset", "--target-env-id"),  # both
             ("--method magic",),
@@ -419,6 +415,7 @@ def contents(folder):
 def attempt(monkeypatch, F, stage, flags):
     """What `python SCRIPT.py FLAGS` exits with, in this process"""
     module, base = STAGES[stage]
+    Once.held = False
     monkeypatch.setattr(sys, "argv", [module.__file__, *(f.format(F=F) for f in [*base, *flags])])
     with pytest.raises(SystemExit) as error:
         module.main(tyro.extras.overridable_config_cli(module.PRESETS, description=module.__doc__))

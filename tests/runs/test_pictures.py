@@ -51,7 +51,7 @@ def test_a_video_is_the_frames_that_were_given(tmp_path, channels):
     run = Run(tmp_path / "run", draw_pretrain.Args())
     frames = np.zeros((3, 8, 12, channels), np.uint8)
     frames[1, ..., -1:] = 255
-    frames[2] = 255
+    frames[2] = 100
     run.video(1, "film", frames)
     read = imageio.v3.imread(tmp_path / "run" / "film.gif", index=None)
     shown = frames if channels == 3 else frames[..., -1:].repeat(3, -1)

@@ -243,7 +243,7 @@ DATASETS = {
     "empty": (lambda r, F: b"", ["can't be read"]),
     "text": (lambda r, F: b"no arrays\n" * 99, ["can't be read"]),
     "a zip of something else": (lambda r, F: zip_bytes(readme=b"hello"), ["lacks"]),
-    "a zip of texts": (lambda r, F: zip_bytes(**{f"{k}.npy": b"no array" for k in r}), ["2 rows"]),
+    "a zip of texts": (lambda r, F: zip_bytes(**{f"{k}.npy": b"no array" for k in r}), ["image"]),
     "a checkpoint": (lambda r, F: (F / "draw.pt").read_bytes(), ["lacks"]),
     "one array": (lambda r, F: npy_bytes(r["image"]), ["can't be read"]),
     "trap": (
@@ -274,7 +274,7 @@ DATASETS = {
         ),
         ["can't be read"],
     ),
-    "no rows": (lambda r, F: npz_bytes({k: v[:0] for k, v in r.items()}), ["1 row"]),
+    "no rows": (lambda r, F: npz_bytes({k: v[:0] for k, v in r.items()}), ["2 rows"]),
     "one row": (lambda r, F: npz_bytes({k: v[:1] for k, v in r.items()}), ["2 rows"]),
     "no arrays": (lambda r, F: npz_bytes({}), ["lacks", "nothing of use"]),
     **{
@@ -344,7 +344,7 @@ DATASETS = {
         lambda r, F: npz_bytes(r | {"is_first": r["is_first"].astype(str)}),
         ["is_first"],
     ),
-    "one flag for all": (lambda r, F: npz_bytes(r | {"is_first": np.array(True)}), ["is_first"]),
+    "one flag for all": (lambda r, F: npz_bytes(r | {"is_first": np.array(True)}), ["image"]),
     "flags in a table": (
         lambda r, F: npz_bytes(r | {"is_terminal": r["is_terminal"][:, None]}),
         ["is_terminal"],

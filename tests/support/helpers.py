@@ -61,12 +61,12 @@ def tensors(rows, *batch):
     return {key: torch.from_numpy(value).unflatten(0, batch) for key, value in rows.items()}
 
 
-def tiny_checkpoint(draw=None, sizes=TINY, **changes):
+def tiny_checkpoint(model=None, of=TINY, /, **changes):
     """What stage 1 saves, of an untrained world model; a key whose value is None is left out."""
-    whole = {"stage": "draw_pretrain", "args": {}, "sizes": dataclasses.asdict(sizes), "updates": 0}
-    whole["draw"] = (draw or DRAW(sizes)).state_dict()
+    whole = {"stage": "draw_pretrain", "args": {}, "sizes": dataclasses.asdict(of), "updates": 0}
+    whole["draw"] = (model or DRAW(of)).state_dict()
     for name, make in (("task_actor", Actor), ("explore_actor", Actor), ("task_critic", Critic)):
-        whole[name] = make(sizes).state_dict()
+        whole[name] = make(of).state_dict()
     return {key: value for key, value in (whole | changes).items() if value is not None}
 
 

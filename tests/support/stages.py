@@ -41,7 +41,7 @@ def words(flags):
     return [word for flag in flags for word in shlex.split(str(flag))]
 
 
-def run(script, *flags, cwd=None, timeout=200):
+def run(script, *flags, cwd=None, timeout=600):
     """A stage as a user runs it"""
     env = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "support"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / f"{script}.py"), *words(flags)]
