@@ -16,7 +16,7 @@ One iteration of the loop in `main`:
     2. world model:  -log p(x_t, r_t, c_t | z_t)                                world_model_loss
                      + 1.5 max(1, KL(sg q_t || p_t)) + 0.5 max(1, KL(q_t || sg p_t))
     3. ensemble:     each member predicts embed_{t+1} from (sigma_t, z_t, a_t)  Ensemble
-    4. explore and task policy, from imagined trajectories                      actor_critic_losses
+    4. explore and task policy, from imagined trajectories                      improve
 
         R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),   R_H = v_H
         w_t = prod_{1 <= k <= t} gamma c_k
@@ -26,7 +26,8 @@ One iteration of the loop in `main`:
 sg: stop-gradient. r and c: predicted reward and continue of ARRIVING at a state; v: the critic's
 mean; the slow critic follows the critic by 2 % an update; scale = max(return_floor, range of the
 returns from the 5th to the 95th percentile, averaged over some 100 updates). All other symbols:
-common.py. A KL below one nat is not reduced further ("free nat").
+common.py. A KL below one nat is not reduced further ("free nat"). That is --learn reinforce, the
+paper's; --learn search is this project's, for laptops: see `search`.
 
     python draw_pretrain.py laptop --env-id redraw/PendulumSwingup-v0 --run-dir runs/source
 
@@ -37,6 +38,7 @@ later stages), metrics.csv, curves.png, prediction.gif, disagreement.gif. Next: 
 import dataclasses
 import math
 import os
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,7 +48,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import nn
-from torch.func import functional_call
 from tqdm import tqdm
 
 from common import (
@@ -84,7 +85,7 @@ class Args:
     device: str = "auto"  # auto, cpu or cuda
     track: bool = False  # log to Weights & Biases too
     bf16: bool = False  # networks compute in bfloat16; losses and weights stay float32
-    compile: bool = False  # torch.compile; the first update then takes minutes
+    compile: bool = False  # torch.compile of the world model; the first update takes minutes
     log_every: int = 100  # updates between two lines in the logs
 
     # Data. Under torchrun each process has its own environments, replay and batch.
@@ -130,9 +131,14 @@ class Args:
     gamma: float = 1 - 1 / 333  # larger: rewards farther away count
     lam: float = 0.95  # lambda; larger: returns rest on imagined rewards, smaller: on the critic
     entropy: float = 3e-4  # weight of the policies' entropy; larger: more random for longer
-    actor_lr: float = 3e-5  # of actors and critics
+    actor_lr: float = 3e-5
+    critic_lr: float = 3e-5
     return_floor: float = 0.01  # returns are divided by their range or, if larger, by this
-    actor_grad: Literal["reinforce", "dynamics"] = "reinforce"  # dynamics: through the world model
+    restart: float = 1.0  # share of trajectories that start anew; the others go on where they ended
+    learn: Literal["reinforce", "search"] = "reinforce"  # how policies learn, see these functions
+    candidates: int = 8  # search: trajectories from each start; more: better teachers, slower
+    lesson_steps: int = 6  # search: gradient steps an update, from the last 20 updates' lessons
+    least_reward: float = 0.0  # predicted rewards nearer to 0 count as 0: their sum can mislead
     ensemble: int = 8  # members
     ensemble_target: int = 0  # members predict so many random projections of embed; 0: all of it
 
@@ -142,9 +148,9 @@ CHANGES = {
     # flag            laptop    duckietown
     "env_id":         ("redraw/PendulumSwingup-v0", "deploy_duckiebot:redraw/Duckietown-v0"),
     # data
-    "steps":          (40_000,   72_000),
-    "save_every":     (4_000,    12_000),
-    "episode_steps":  (60,       30),
+    "steps":          (64_000,   72_000),
+    "save_every":     (8_000,    12_000),
+    "episode_steps":  (100,      30),
     "image_size":     (32,       32),
     "augment":        (0.0,      0.5),      # a real camera looks a little different
     "collect":        ("mixed",  "mixed"),
@@ -162,7 +168,7 @@ CHANGES = {
     "batch":          (32,       32),
     "length":         (8,        8),
     "rewarded":       (0.25,     0.0),      # the pendulum is rarely up; in a lane every step pays
-    "train_every":    (3.0,      5.0),
+    "train_every":    (6.0,      5.0),
     "lr":             (3e-3,     3e-3),
     "warmup":         (100,      100),
     "decay":          (True,     True),
@@ -172,13 +178,18 @@ CHANGES = {
     "soft_updates":   (500,      300),
     # imagination
     "horizon":        (15,       15),
-    "starts":         (128,      128),
-    "policy_start":   (2500,     500),
-    "policy_every":   (2,        2),
-    "explore_every":  (8,        10),
+    "starts":         (64,       128),
+    "policy_start":   (1500,     500),
+    "policy_every":   (8,        2),
+    "explore_every":  (16,       10),
     "gamma":          (0.99,     0.95),
-    "actor_lr":       (5e-4,     5e-4),
-    "return_floor":   (0.01,     0.1),
+    "actor_lr":       (1e-3,     5e-4),
+    "critic_lr":      (3e-3,     5e-4),
+    "lesson_steps":   (10,       6),
+    "return_floor":   (0.1,      0.1),
+    "restart":        (0.3,      1.0),      # states farther from the data are seen too
+    "learn":          ("search", "reinforce"),
+    "least_reward":   (0.02,     0.0),
     "ensemble":       (5,        3),
     "ensemble_target": (64,      64),
 }  # fmt: skip
@@ -288,13 +299,15 @@ class Ensemble(nn.Module):
 
 
 def imagine(actor, dynamics, z, sigma, horizon):
-    """Trajectories that follow the actor and the dynamics from z, sigma (B, S, K).
+    """Sampled trajectories of the actor and the dynamics from z, sigma (B, S, K).
 
     Returns: z_0 .. z_H and sigma_0 .. sigma_H (H+1, B, S, K), a_0 .. a_{H-1} (H, B, A).
     """
-    zs, sigmas, actions = [z], [sigma], []
+    zs = [z]
+    sigmas = [sigma]
+    actions = []
     for _ in range(horizon):
-        action = actor(z.detach()).rsample()  # (B, A)
+        action = actor(z).sample()  # (B, A)
         sigma = softmax(dynamics(z, sigma, action))  # (B, S, K)
         z = sample_onehot(dynamics.prior(sigma))
         zs.append(z)
@@ -306,8 +319,8 @@ def imagine(actor, dynamics, z, sigma, horizon):
 def lambda_returns(reward, discount, value, lam):
     """R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),   R_H = v_H
 
-    reward, discount (H, B): r_1 .. r_H and gamma c_1 .. gamma c_H; value (H+1, B): v_0 .. v_H.
-    Returns R_0 .. R_{H-1}, (H, B).
+    Args: reward, discount (H, B): r_1 .. r_H, gamma c_1 .. gamma c_H; value (H+1, B): v_0 .. v_H.
+    Returns: R_0 .. R_{H-1}, (H, B).
     """
     R = value[-1]
     returns = []
@@ -317,56 +330,44 @@ def lambda_returns(reward, discount, value, lam):
     return torch.stack(returns[::-1])
 
 
-def actor_loss(args, pi, action, weight, returns, value, scale):
-    """-w_t (log pi(a_t | z_t) sg((R_t - v_t) / scale) + entropy_weight * entropy), a mean over all;
-    with actor_grad "dynamics" -w_t (R_t / scale + entropy_weight * entropy). All (H, B, ...)."""
-    if args.actor_grad == "reinforce":
-        log_pi = pi.log_prob(action.detach()).sum(-1)  # (H, B)
-        objective = log_pi * ((returns - value) / scale).detach()
-    else:
-        objective = returns / scale
+def actor_loss(pi, action, advantage, weight, entropy_weight):
+    """-w_t (log pi(a_t | z_t) sg((R_t - v_t) / scale) + entropy_weight * entropy), mean of (H, B);
+    advantage: (R_t - v_t) / scale"""
+    log_pi = pi.log_prob(action).sum(-1)  # (H, B)
     entropy = pi.entropy().sum(-1)  # (H, B)
-    return -(weight * (objective + args.entropy * entropy)).mean()
+    return -(weight * (log_pi * advantage + entropy_weight * entropy)).mean()
 
 
-def critic_loss(logits, slow_logits, weight, returns):
-    """-w_t (log p(R_t) + log p(mean of the slow critic)), a mean over all (H, B, ...)"""
-    log_p = twohot_log_prob(logits, returns.detach())
-    log_p_slow = twohot_log_prob(logits, twohot_mean(slow_logits).detach())
+def critic_loss(logits, slow_logits, returns, weight):
+    """-w_t (log p(R_t) + log p(mean of the slow critic)), mean of (H, B)"""
+    log_p = twohot_log_prob(logits, returns)
+    log_p_slow = twohot_log_prob(logits, twohot_mean(slow_logits))
     return -(weight * (log_p + log_p_slow)).mean()
 
 
-def actor_critic_losses(args, draw, dynamics, policy, z, sigma, alive, reward_of):
-    """The two losses of imagined trajectories.
+def reinforce(args, draw, dynamics, policy, z, sigma, alive, reward_of):
+    """The two losses of sampled trajectories.
 
     Args: dynamics: a Rectified; policy: an ActorCritic; z, sigma (B, S, K), where to start;
         alive (B,), 0 where a start is terminal, else 1; reward_of(z_t, sigma_t, a_t, z_{t+1}).
-    Returns: loss (), the sum of the actor's and the critic's; metrics; the new range of returns ().
+    Returns: loss (), actor's and critic's; metrics; the new range of returns (); z_H and sigma_H.
     """
-    # REINFORCE needs no gradient through the imagination.
-    with torch.set_grad_enabled(args.actor_grad == "dynamics"):
+    with torch.no_grad():
         zs, sigmas, action = imagine(policy.actor, dynamics, z, sigma, args.horizon)
         reward = reward_of(zs[:-1], sigmas[:-1], action, zs[1:])  # (H, B)
         discount = args.gamma * draw.cont(zs[1:])  # (H, B)
-    weight = torch.cat([alive[None], alive * discount[:-1].detach().cumprod(0)])  # (H, B)
-
-    logits = policy.critic(zs.detach())  # (H+1, B, BINS)
-    value = twohot_mean(logits).detach()  # (H+1, B)
-    if args.actor_grad == "dynamics":
-        # The same values, with a gradient to the states, but none to the critic's weights.
-        weights = {name: weight.detach() for name, weight in policy.critic.named_parameters()}
-        value = twohot_mean(functional_call(policy.critic, weights, zs))
-    returns = lambda_returns(reward, discount, value, args.lam)  # (H, B)
-    percentiles = torch.tensor([0.05, 0.95], device=z.device)
-    low, high = torch.quantile(returns.detach(), percentiles)
-    new_range = 0.99 * policy.range + 0.01 * (high - low)
-    scale = new_range.clamp(min=args.return_floor)
-
-    pi = policy.actor(zs[:-1].detach())
-    loss_actor = actor_loss(args, pi, action, weight, returns, value[:-1], scale)
-    with torch.no_grad():
+        weight = torch.cat([alive[None], alive * discount[:-1].cumprod(0)])  # (H, B)
+        value = twohot_mean(policy.critic(zs))  # (H+1, B)
+        returns = lambda_returns(reward, discount, value, args.lam)  # (H, B)
+        low, high = torch.quantile(returns, torch.tensor([0.05, 0.95], device=z.device))
+        new_range = 0.99 * policy.range + 0.01 * (high - low)
+        scale = new_range.clamp(min=args.return_floor)
+        advantage = (returns - value[:-1]) / scale
         slow_logits = policy.slow_critic(zs[:-1])
-    loss_critic = critic_loss(logits[:-1], slow_logits, weight, returns)
+
+    pi = policy.actor(zs[:-1])
+    loss_actor = actor_loss(pi, action, advantage, weight, args.entropy)
+    loss_critic = critic_loss(policy.critic(zs[:-1]), slow_logits, returns, weight)
     metrics = {
         "return": returns.mean(),
         "reward": reward.mean(),
@@ -374,7 +375,93 @@ def actor_critic_losses(args, draw, dynamics, policy, z, sigma, alive, reward_of
         "scale": scale,
         "critic_loss": loss_critic,
     }
-    return loss_actor + loss_critic, metrics, new_range
+    return loss_actor + loss_critic, metrics, new_range, (zs[-1], sigmas[-1])
+
+
+@torch.no_grad()
+def search(args, draw, dynamics, policy, z, sigma, reward_of):
+    """`candidates` trajectories from each start; the best one is what actor and critic learn from.
+
+    They are imagined without samples: z_t is the prior p(z_t | ...) itself. Candidate 0 follows the
+    actor's mean. The others add noise, of deviation 0.3 to 1, that lasts 8 steps on average.
+
+        R_t = r_{t+1} + gamma c_{t+1} R_{t+1},   R_H = v_H of the slow critic
+        gain = (R_0 of the best - R_0 of candidate 0) / |R_0 of candidate 0|
+        w_t = min(1, gain / 0.05) for t < 5, else 0
+
+    Args: z, sigma (B, S, K), where to start; the others as of `reinforce`.
+    Returns: lessons z_t, a_t, R_t, w_t of the best candidates, (H B, ...); metrics; z_H and sigma_H
+        of the best or of candidate 0, by chance.
+    """
+    B, M = len(z), args.candidates
+    z = z.repeat_interleave(M, 0)  # (B M, S, K)
+    sigma = sigma.repeat_interleave(M, 0)
+    deviation = torch.cat([torch.zeros(1), torch.linspace(0.3, 1.0, M - 1)]).to(z.device)
+    deviation = deviation.repeat(B)[:, None]  # (B M, 1)
+    noise = torch.randn(B * M, draw.sizes.action_size, device=z.device)
+    zs = [z]
+    sigmas = [sigma]
+    actions = []
+    for _ in range(args.horizon):
+        renewed = torch.rand(B * M, 1, device=z.device) < 1 / 8
+        noise = torch.where(renewed, torch.randn_like(noise), noise)
+        action = (policy.actor(z).mean + deviation * noise).clamp(-1.0, 1.0)
+        sigma = softmax(dynamics(z, sigma, action))
+        z = dynamics.prior(sigma)
+        zs.append(z)
+        sigmas.append(sigma)
+        actions.append(action)
+    zs = torch.stack(zs)  # (H+1, B M, S, K)
+    sigmas = torch.stack(sigmas)
+    actions = torch.stack(actions)  # (H, B M, A)
+    reward = reward_of(zs[:-1], sigmas[:-1], actions, zs[1:])  # (H, B M)
+    discount = args.gamma * draw.cont(zs[1:])
+    value = twohot_mean(policy.slow_critic(zs))  # (H+1, B M)
+    returns = lambda_returns(reward, discount, value, lam=1.0)  # (H, B M)
+
+    R_0 = returns[0].view(B, M)
+    first = torch.arange(B, device=z.device) * M  # candidate 0 of each start
+    best = first + R_0.argmax(1)
+    gain = (R_0.amax(1) - R_0[:, 0]) / R_0[:, 0].abs().clamp(min=args.return_floor)
+    w = (gain / 0.05).clamp(max=1.0).repeat(args.horizon, 1)  # (H, B)
+    w[5:] = 0.0
+    lessons = {"z": zs[:-1, best], "a": actions[:, best], "R": returns[:, best], "w": w}
+    lessons = {name: value.flatten(0, 1) for name, value in lessons.items()}
+    metrics = {"return": R_0[:, 0].mean(), "best_return": R_0.amax(1).mean()}
+    metrics |= {"reward": reward.mean(), "gain": gain.clamp(max=1.0).mean()}
+    ends = torch.where(torch.rand(B, device=z.device) < 0.5, best, first)
+    return lessons, metrics, (zs[-1, ends], sigmas[-1, ends])
+
+
+def lesson_loss(policy, z, a, R, w):
+    """w_t (mean of pi(z_t) - a_t)^2 - log p(R_t), mean of (n,); the arguments are lessons."""
+    error = ((policy.actor(z).mean - a) ** 2).sum(-1)
+    return (w * error - twohot_log_prob(policy.critic(z), R)).mean()
+
+
+def improve(args, draw, dynamics, policy, adam, memory, z, sigma, alive, reward_of):
+    """One update of a policy in imagination, from z, sigma (B, S, K).
+
+    Args: memory: a deque of the last lessons of `search`; the others as of `reinforce`.
+    Returns: metrics; z and sigma where the trajectories ended, (B, S, K) each.
+    """
+    if args.learn == "reinforce":
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=args.bf16):
+            loss, metrics, policy.range, ends = reinforce(
+                args, draw, dynamics, policy, z, sigma, alive, reward_of
+            )
+        metrics["grad_norm"] = gradient_step(adam, loss, 100.0)
+        policy.update_slow_critic()
+        return metrics, ends
+    lessons, metrics, ends = search(args, draw, dynamics, policy, z, sigma, reward_of)
+    memory.append(lessons)
+    for _ in range(args.lesson_steps):
+        lessons = memory[torch.randint(len(memory), ())]
+        pick = torch.randperm(len(lessons["w"]), device=z.device)[:512]
+        loss = lesson_loss(policy, **{name: value[pick] for name, value in lessons.items()})
+        metrics["grad_norm"] = gradient_step(adam, loss, 100.0)
+        policy.update_slow_critic(0.05)
+    return metrics, ends
 
 
 def gradient_step(optimizer, loss, clip):
@@ -417,19 +504,25 @@ def main(args):
     explore = ActorCritic(sizes).to(device)
     modules = {"draw": draw, "ensemble": ensemble, "task": task, "explore": explore}
     optimizers = {
-        "draw_adam": adam(args.lr, 1e-8, draw),
-        "ensemble_adam": adam(args.lr, 1e-5, ensemble),
-        "task_adam": adam(args.actor_lr, 1e-5, task.actor, task.critic),
-        "explore_adam": adam(args.actor_lr, 1e-5, explore.actor, explore.critic),
+        "draw_adam": torch.optim.Adam(draw.parameters(), args.lr, eps=1e-8, fused=True),
+        "ensemble_adam": torch.optim.Adam(ensemble.parameters(), args.lr, eps=1e-5, fused=True),
+        "task_adam": policy_adam(args, task),
+        "explore_adam": policy_adam(args, explore),
     }
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     model_loss = torch.compile(world_model_loss) if args.compile else world_model_loss
-    policy_losses = torch.compile(actor_critic_losses) if args.compile else actor_critic_losses
     policies = (("task", task, args.policy_every), ("explore", explore, args.explore_every))
-    rewards = {
-        "task": lambda z, sigma, action, z_next: draw.reward(z_next),
-        "explore": lambda z, sigma, action, z_next: ensemble.disagreement(sigma, z, action),
-    }
+
+    def task_reward(z, sigma, action, z_next):
+        reward = draw.reward(z_next)
+        return torch.where(reward.abs() < args.least_reward, 0.0, reward)
+
+    def explore_reward(z, sigma, action, z_next):
+        return ensemble.disagreement(sigma, z, action)
+
+    rewards = {"task": task_reward, "explore": explore_reward}
+    memories = {"task": deque(maxlen=20), "explore": deque(maxlen=20)}
+    ends = {}  # z and sigma where the last trajectories ended
 
     env_name = args.env_id.replace("/", "-").replace(":", "-")
     run = Run(args.run_dir or f"runs/pretrain-{env_name}-{args.seed}", args)
@@ -441,11 +534,12 @@ def main(args):
     replay.load(replay_dir, saved.get("rows", 0))
 
     obs, _ = envs.reset(seed=np.random.randint(2**31))
-    action = np.zeros((args.n_envs, sizes.action_size), np.float32)
+    noise = np.zeros((args.n_envs, sizes.action_size), np.float32)
     reward = np.zeros(args.n_envs)
     first = np.ones(args.n_envs, bool)
     last = terminal = np.zeros(args.n_envs, bool)
-    actors = {name: Policy(sizes, draw, policy.actor) for name, policy, _ in policies}
+    by_mean = args.learn == "search"
+    actors = {name: Policy(sizes, draw, policy.actor, by_mean) for name, policy, _ in policies}
     who = ("explore", "task", "random") if args.collect == "mixed" else (args.collect,)
     collectors = np.full(args.n_envs, "random", "<U7")  # who acts in each environment
     returns = np.zeros(args.n_envs)  # of the running episodes
@@ -456,9 +550,9 @@ def main(args):
     for step in range(begin + args.n_envs, args.steps + args.n_envs, args.n_envs):
         # 1. Act and store. Row t holds x_t, the reward of arriving there, and a_t, taken there.
         collectors[first] = np.random.choice(who, first.sum())
-        action = held_noise(action, args.hold, args.gain)
+        action = noise = held_noise(noise, args.hold, args.gain)
         if step > args.prefill and updates >= args.policy_start:
-            act(collectors, actors, obs, action)
+            action = act(collectors, actors, obs, noise)
         replay.add(
             **obs, action=action, reward=reward, is_first=first, is_last=last, is_terminal=terminal
         )
@@ -484,16 +578,14 @@ def main(args):
 
             # 4. Policies, imagined from some of the same posterior states.
             pick = torch.randperm(args.batch * args.length, device=device)[: args.starts]
-            start = (z.flatten(0, 1)[pick], sigma.flatten(0, 1)[pick])  # (starts, S, K) each
             alive = 1.0 - data["is_terminal"].flatten()[pick].float()  # (starts,)
+            start = (z.flatten(0, 1)[pick], sigma.flatten(0, 1)[pick], alive)  # (starts, S, K)
             for name, policy, every in policies:
                 if updates >= args.policy_start and updates % every == 0:
-                    with autocast:
-                        loss, found, policy.range = policy_losses(
-                            args, draw, dynamics, policy, *start, alive, rewards[name]
-                        )
-                    found["grad_norm"] = gradient_step(optimizers[f"{name}_adam"], loss, 100.0)
-                    policy.update_slow_critic()
+                    found, ends[name] = improve(
+                        args, draw, dynamics, policy, optimizers[f"{name}_adam"], memories[name],
+                        *continued(args, ends.get(name), *start), rewards[name],
+                    )  # fmt: skip
                     policy_metrics |= {f"{name}/{k}": v.detach() for k, v in found.items()}
             updates += 1
             if updates % args.log_every == 0 or updates == total:
@@ -534,9 +626,11 @@ def check(args):
         (1, 65536, "n_envs batch horizon S cnn_depth units actor_units vector_units vector_layers"),
         (2, 65536, "length ensemble K"),  # a variable of one class says nothing
         (0, 10**9, "soft_updates ensemble_target policy_start warmup"),
-        (0, 10**9, "entropy image_scale vector_scale reward_scale"),
+        (0, 10**9, "least_reward entropy image_scale vector_scale reward_scale"),
         (1e-9, 10**9, "hold gain train_every return_floor"),
-        (0, 1, "lr actor_lr rewarded gamma lam augment"),
+        (0, 1, "lr actor_lr critic_lr rewarded gamma lam augment restart"),
+        (2, 1000, "candidates"),
+        (1, 1000, "lesson_steps"),
         (1, args.batch * args.length, "starts"),  # no more than states of a batch
         (rows, args.steps - 1, "prefill"),
         (rows, 10**9, "replay_size"),
@@ -557,10 +651,11 @@ def replay_rows(args, sizes):
     return min(rows, fits)
 
 
-def adam(lr, eps, *networks):
-    """A parameter group for each network: their gradients are cut separately."""
-    groups = [{"params": list(network.parameters())} for network in networks]
-    return torch.optim.Adam(groups, lr, eps=eps, fused=True)
+def policy_adam(args, policy):
+    """Actor and critic are two groups: their gradients are cut separately."""
+    actor = {"params": list(policy.actor.parameters()), "lr": args.actor_lr}
+    critic = {"params": list(policy.critic.parameters()), "lr": args.critic_lr}
+    return torch.optim.Adam([actor, critic], eps=1e-5, fused=True)
 
 
 def set_learning_rate(args, optimizers, update, total):
@@ -572,12 +667,27 @@ def set_learning_rate(args, optimizers, update, total):
         optimizers[name].param_groups[0]["lr"] = lr
 
 
-def act(collectors, actors, obs, action):
-    """Overwrites the random action (n_envs, A) where a policy collects."""
+def continued(args, ends, z, sigma, alive):
+    """Starts z, sigma (B, S, K) and alive (B,); a share 1 - restart is where the last trajectories
+    ended, `ends` (z, sigma), so that states are seen that are farther from the data."""
+    if ends is None or args.restart == 1.0:
+        return z, sigma, alive
+    on = torch.rand(len(z), device=z.device) >= args.restart
+    z = torch.where(on[:, None, None], ends[0], z)
+    sigma = torch.where(on[:, None, None], ends[1], sigma)
+    return z, sigma, torch.where(on, 1.0, alive)
+
+
+def act(collectors, actors, obs, noise):
+    """Actions (n_envs, A): the noise, or a policy's; to its mean some noise is added."""
+    action = noise.copy()
     for name, policy in actors.items():
         mine = collectors == name
         if mine.any():
             action[mine] = policy(obs["image"][mine], obs["vector"][mine])
+            if policy.by_mean:
+                action[mine] = np.clip(action[mine] + 0.3 * noise[mine], -1.0, 1.0)
+    return action
 
 
 def report(run, args, updates, total, metrics, finished, replay, bar):

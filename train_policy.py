@@ -78,7 +78,6 @@ class Args:
     device: str = "auto"  # auto, cpu or cuda
     track: bool = False  # log to Weights & Biases too
     bf16: bool = False  # networks compute in bfloat16; losses and weights stay float32
-    compile: bool = False  # torch.compile of the losses; the first update then takes minutes
     log_every: int = 100  # updates between two lines in the logs
 
     # Evaluation, in environments of these Gymnasium ids (or module:id)
@@ -98,7 +97,8 @@ class Args:
     horizon: int = 40  # H
     least_reward: float = 0.0  # predicted rewards nearer to 0 count as 0: their sum can mislead
     gamma: float = 1 - 1 / 333  # larger: rewards farther away count
-    lr: float = 3e-5
+    actor_lr: float = 3e-5
+    critic_lr: float = 3e-5
     decay: bool = False  # the learning rate falls to zero along a cosine: a run ends settled
     return_floor: float = 1.0  # least scale of returns; smaller: small rewards count more
     warm_start: Literal["none", "critic", "both"] = "none"  # begin with stage 1's critic and actor
@@ -108,7 +108,7 @@ class Args:
     lam: float = 0.95  # reinforce: lambda; larger: returns rest on rewards, smaller: on the critic
     entropy: float = 3e-4  # reinforce: weight of the entropy; larger: more random for longer
     candidates: int = 8  # search: trajectories from each start; more: better teachers, slower
-    steps: int = 6  # search: gradient steps an update, from the last 20 updates' lessons
+    lesson_steps: int = 6  # search: gradient steps an update, from the last 20 updates' lessons
 
 
 LAPTOP = Args(
@@ -128,10 +128,12 @@ LAPTOP = Args(
     horizon=15,
     least_reward=0.02,
     gamma=0.99,
-    lr=1e-3,
+    actor_lr=1e-3,
+    critic_lr=3e-3,
     decay=True,
     return_floor=0.1,
     learn="search",
+    lesson_steps=10,
 )
 DUCKIETOWN = dataclasses.replace(
     LAPTOP,
@@ -144,7 +146,8 @@ DUCKIETOWN = dataclasses.replace(
     restart=1.0,
     least_reward=0.0,
     gamma=0.95,
-    lr=5e-4,
+    actor_lr=5e-4,
+    critic_lr=5e-4,
     learn="reinforce",
 )
 PRESETS = {
@@ -298,6 +301,31 @@ def lesson_loss(policy, z, a, R, w):
     return (w * error - twohot_log_prob(policy.critic(z), R)).mean()
 
 
+def improve(args, draw, dynamics, policy, adam, memory, z, sigma, alive, reward_of):
+    """One update of a policy in imagination, from z, sigma (B, S, K).
+
+    Args: memory: a deque of the last lessons of `search`; the others as of `reinforce`.
+    Returns: metrics; z and sigma where the trajectories ended, (B, S, K) each.
+    """
+    if args.learn == "reinforce":
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=args.bf16):
+            loss, metrics, policy.range, ends = reinforce(
+                args, draw, dynamics, policy, z, sigma, alive, reward_of
+            )
+        metrics["grad_norm"] = gradient_step(adam, loss, 100.0)
+        policy.update_slow_critic()
+        return metrics, ends
+    lessons, metrics, ends = search(args, draw, dynamics, policy, z, sigma, reward_of)
+    memory.append(lessons)
+    for _ in range(args.lesson_steps):
+        lessons = memory[torch.randint(len(memory), ())]
+        pick = torch.randperm(len(lessons["w"]), device=z.device)[:512]
+        loss = lesson_loss(policy, **{name: value[pick] for name, value in lessons.items()})
+        metrics["grad_norm"] = gradient_step(adam, loss, 100.0)
+        policy.update_slow_critic(0.05)
+    return metrics, ends
+
+
 def gradient_step(optimizer, loss, clip):
     """One step down the gradient, whose norm is cut at `clip` for each parameter group; returns the
     sum of the norms before the cut."""
@@ -327,16 +355,13 @@ def main(args):
     del dataset
 
     policy = begin_policy(args, checkpoint, draw.sizes).to(device)
-    groups = [{"params": list(net.parameters())} for net in (policy.actor, policy.critic)]
-    adam = torch.optim.Adam(groups, args.lr, eps=1e-5, fused=True)
+    adam = policy_adam(args, policy)
     deployed = Policy(draw.sizes, draw, policy.actor, by_mean=args.learn == "search")
     run = Run(args.run_dir or f"runs/policy-{args.seed}", args, [args.checkpoint, args.dataset])
     modules = {"policy": policy, "adam": adam}
     saved = run.resume(modules)
     begin = saved.get("update", 0)
     memory = deque(saved.get("memory", []), maxlen=20)
-    reinforce_losses = torch.compile(reinforce) if args.compile else reinforce
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
     def reward_of(z, sigma, action, z_next):
         reward = draw.reward(z_next)
@@ -347,24 +372,8 @@ def main(args):
     bar = tqdm(total=args.updates, initial=begin, unit="update", mininterval=1.0)
     for update in range(begin + 1, args.updates + 1):
         set_learning_rate(args, adam, update)
-        z, sigma, alive = start_states(args, draw, rectified, data, ends)
-        if args.learn == "reinforce":
-            with autocast:
-                loss, metrics, policy.range, ends = reinforce_losses(
-                    args, draw, rectified, policy, z, sigma, alive, reward_of
-                )
-            metrics["grad_norm"] = gradient_step(adam, loss, 100.0)
-            policy.update_slow_critic()
-        else:
-            lessons, metrics, ends = search(args, draw, rectified, policy, z, sigma, reward_of)
-            memory.append(lessons)
-            for _ in range(args.steps):
-                lessons = memory[torch.randint(len(memory), ())]
-                pick = torch.randperm(len(lessons["w"]), device=device)[:512]
-                some = {name: value[pick] for name, value in lessons.items()}
-                metrics["loss"] = lesson_loss(policy, **some)
-                metrics["grad_norm"] = gradient_step(adam, metrics["loss"], 100.0)
-                policy.update_slow_critic(0.05)
+        start = continued(args, ends, *start_states(args, draw, rectified, data))
+        metrics, ends = improve(args, draw, rectified, policy, adam, memory, *start, reward_of)
         bar.update()
 
         if update % args.log_every == 0:
@@ -400,8 +409,8 @@ def check(args):
     check_range(args, 2, 10**12, "dataset_rows")
     check_range(args, 0, 10**9, "entropy", "eval_every", "least_reward")
     check_range(args, 2, 1000, "candidates")
-    check_range(args, 1, 1000, "steps")
-    check_range(args, 0, 1, "lr", "rewarded", "restart", "gamma", "lam")
+    check_range(args, 1, 1000, "lesson_steps")
+    check_range(args, 0, 1, "actor_lr", "critic_lr", "rewarded", "restart", "gamma", "lam")
 
 
 @torch.no_grad()
@@ -421,10 +430,9 @@ def encode(draw, dataset, device, chunk=1024):
 
 
 @torch.no_grad()
-def start_states(args, draw, rectified, data, ends):
+def start_states(args, draw, rectified, data):
     """z and sigma (starts, S, K), states along replayed sequences, sigma the rectified belief; and
-    alive (starts,), 0 where the state is terminal: nothing follows it. A share 1 - restart is where
-    the last imagination ended, `ends` (z, sigma)."""
+    alive (starts,), 0 where the state is terminal: nothing follows it."""
     device = data["log_q"].device
     last = len(data["is_first"]) - args.length
     begin = torch.randint(0, last + 1, (args.batch,), device=device)
@@ -440,12 +448,18 @@ def start_states(args, draw, rectified, data, ends):
     z = z.flatten(0, 1)[pick]
     sigma = sigma.flatten(0, 1)[pick]
     alive = 1.0 - data["is_terminal"][t].flatten()[pick].float()
-    if ends is not None and args.restart < 1.0:
-        on = torch.rand(len(z), device=device) >= args.restart
-        z = torch.where(on[:, None, None], ends[0], z)
-        sigma = torch.where(on[:, None, None], ends[1], sigma)
-        alive = torch.where(on, 1.0, alive)
     return z, sigma, alive
+
+
+def continued(args, ends, z, sigma, alive):
+    """Starts z, sigma (B, S, K) and alive (B,); a share 1 - restart is where the last trajectories
+    ended, `ends` (z, sigma), so that states are seen that are farther from the data."""
+    if ends is None or args.restart == 1.0:
+        return z, sigma, alive
+    on = torch.rand(len(z), device=z.device) >= args.restart
+    z = torch.where(on[:, None, None], ends[0], z)
+    sigma = torch.where(on[:, None, None], ends[1], sigma)
+    return z, sigma, torch.where(on, 1.0, alive)
 
 
 def begin_policy(args, checkpoint, sizes):
@@ -459,11 +473,19 @@ def begin_policy(args, checkpoint, sizes):
     return policy
 
 
+def policy_adam(args, policy):
+    """Actor and critic are two groups: their gradients are cut separately."""
+    actor = {"params": list(policy.actor.parameters()), "lr": args.actor_lr}
+    critic = {"params": list(policy.critic.parameters()), "lr": args.critic_lr}
+    return torch.optim.Adam([actor, critic], eps=1e-5, fused=True)
+
+
 def set_learning_rate(args, optimizer, update):
     """Constant, or with `decay` falling to zero along a cosine."""
     fall = 0.5 + 0.5 * math.cos(math.pi * (update - 1) / args.updates) if args.decay else 1.0
-    for group in optimizer.param_groups:
-        group["lr"] = args.lr * fall
+    actor, critic = optimizer.param_groups
+    actor["lr"] = args.actor_lr * fall
+    critic["lr"] = args.critic_lr * fall
 
 
 def warn(run, shown, sizes):
@@ -472,7 +494,7 @@ def warn(run, shown, sizes):
         # The actor's least deviation, 0.1, has an entropy of -0.88 per action.
         shown.get("policy/entropy", 0.0) < -0.8 * sizes.action_size,
         "the policy's entropy is at its floor: it has stopped exploring; try a larger --entropy or "
-        "--return-floor, or a smaller --lr",
+        "--return-floor, or a smaller --actor-lr",
     )
 
 
