@@ -72,8 +72,8 @@ no straight-through gradient
 -return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
 +return onehot
 slow critic too quick
--slow.lerp_(fast, 0.02)
-+slow.lerp_(fast, 0.98)
+-slow.lerp_(fast, rate)
++slow.lerp_(fast, 1 - rate)
 
 == common.py | method/test_oracles.py -k belief or residual or mean_kl
 unimix on the belief
@@ -127,8 +127,8 @@ the oldest rows instead of the newest
 -array[-newest:]
 +array[:newest]
 unwritten rows of a chunk are read
--value[: int(chunk[1])] if chunk else value
-+value
+-rows = int(chunk[1]) if chunk else None
++rows = None
 ends by is_terminal alone are overlooked
 -first[1:] |= dataset["is_last"][:-1] | dataset["is_terminal"][:-1]
 +first[1:] |= dataset["is_last"][:-1]
@@ -218,8 +218,8 @@ imagined reward of leaving
 -reward = reward_of(zs[:-1], sigmas[:-1], action, zs[1:])
 +reward = reward_of(zs[:-1], sigmas[:-1], action, zs[:-1])
 continue of the state left
--discount = args.gamma * draw.cont(zs[1:])
-+discount = args.gamma * draw.cont(zs[:-1])
+-        discount = args.gamma * draw.cont(zs[1:])  # (H, B)
++        discount = args.gamma * draw.cont(zs[:-1])
 wrong lambda-return index
 -((1 - lam) * value[t + 1] + lam * R)
 +((1 - lam) * value[t] + lam * R)
@@ -315,6 +315,17 @@ baseline one step late
 return range of stage 3 forgets
 -0.99 * policy.range + 0.01 * (high - low)
 +0.01 * policy.range + 0.99 * (high - low)
+
+== train_policy.py | method/test_oracles_policy.py -k search or lesson
+the worst candidate teaches
+-best = first + R_0.argmax(1)
++best = first + R_0.argmin(1)
+candidate 0 is noisy too
+-torch.cat([torch.zeros(1), torch.linspace(0.3, 1.0, M - 1)])
++torch.linspace(0.3, 1.0, M)
+the critic's value at the end of a search
+-value = twohot_mean(policy.slow_critic(zs))
++value = twohot_mean(policy.critic(zs))
 
 == draw_pretrain.py | runs/test_speed.py -k two_processes
 gradients of one's own batch alone

@@ -8,6 +8,7 @@ the measured fp32 matmul rate, or 1.5 times their largest matmuls and convolutio
 import dataclasses
 import statistics
 import sys
+from collections import deque
 
 import numpy as np
 import torch
@@ -17,9 +18,9 @@ from common import DRAW, ActorCritic, Rectified, Replay, prepare
 from draw_pretrain import (
     PRESETS,
     Ensemble,
-    actor_critic_losses,
-    adam,
     gradient_step,
+    improve,
+    policy_adam,
     world_model_loss,
 )
 
@@ -37,10 +38,10 @@ class Stage1:
         embed_size = self.draw.encoder.embed_size
         self.ensemble = Ensemble(sizes, embed_size, args.ensemble, args.ensemble_target)
         self.task, self.explore = ActorCritic(sizes), ActorCritic(sizes)
-        self.draw_adam = adam(args.lr, 1e-8, self.draw)
-        self.ensemble_adam = adam(args.lr, 1e-5, self.ensemble)
-        policies = (self.task, self.explore)
-        self.adams = {p: adam(args.actor_lr, 1e-5, p.actor, p.critic) for p in policies}
+        self.draw_adam = torch.optim.Adam(self.draw.parameters(), args.lr, fused=True)
+        self.ensemble_adam = torch.optim.Adam(self.ensemble.parameters(), args.lr, fused=True)
+        self.adams = {policy: policy_adam(args, policy) for policy in (self.task, self.explore)}
+        self.memories = {policy: deque(maxlen=20) for policy in self.adams}
         self.replay = Replay(4000, args.n_envs, sizes)
         rng, n, L = np.random.default_rng(0), args.n_envs, args.image_size
         for t in range(1000):
@@ -72,11 +73,8 @@ class Stage1:
     def train_policy(self, policy, reward_of):
         pick = torch.randperm(self.args.batch * self.args.length)[: self.args.starts]
         start = self.z.flatten(0, 1)[pick], self.sigma.flatten(0, 1)[pick], torch.ones(len(pick))
-        loss, _, policy.range, *_ = actor_critic_losses(
-            self.args, self.draw, self.dynamics, policy, *start, reward_of
-        )
-        gradient_step(self.adams[policy], loss, 100.0)
-        policy.update_slow_critic()
+        learner = (policy, self.adams[policy], self.memories[policy])
+        improve(self.args, self.draw, self.dynamics, *learner, *start, reward_of)
 
     def actor_critic(self):
         self.train_policy(self.task, lambda z, sigma, action, z_next: self.draw.reward(z_next))

@@ -60,7 +60,7 @@ SMALL = {
 def test_rows_and_starts_of_stage_1(monkeypatch, tmp_path, collect):
     """What main records, and that the states that imagination starts from keep their ends"""
     batches, starts = [], []
-    loss, update = draw_pretrain.world_model_loss, draw_pretrain.actor_critic_losses
+    loss, update = draw_pretrain.world_model_loss, draw_pretrain.reinforce
 
     def numbered_loss(draw, data, args, soft):
         out, metrics, (embed, z, sigma) = loss(draw, data, args, soft)
@@ -74,7 +74,7 @@ def test_rows_and_starts_of_stage_1(monkeypatch, tmp_path, collect):
         return update(args, draw, dynamics, policy, z, sigma, alive, reward_of)
 
     monkeypatch.setattr(draw_pretrain, "world_model_loss", numbered_loss)
-    monkeypatch.setattr(draw_pretrain, "actor_critic_losses", recorded_update)
+    monkeypatch.setattr(draw_pretrain, "reinforce", recorded_update)
     draw_pretrain.main(
         draw_pretrain.Args(
             env_id=SOURCE,

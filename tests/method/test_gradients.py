@@ -158,12 +158,10 @@ def test_straight_through_samples():
     assert set(sample_onehot(p).unique().tolist()) == {0.0, 1.0}
 
 
-@pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
-def test_the_actor_critic_leaves_the_world_model_alone(actor_grad):
+def test_the_actor_critic_leaves_the_world_model_alone():
     draw, ensemble = DRAW(TINY).requires_grad_(True), Ensemble(TINY, 5, 2, 0)
     policy = ActorCritic(TINY)
     nn.init.normal_(policy.critic.net[-1].weight)
-    adam = draw_pretrain.adam(1e-2, 1e-5, policy.actor, policy.critic)
     z, sigma, _ = random_states(4)
     parts = {"draw": draw, "ensemble": ensemble, "slow": policy.slow_critic}
     before = {name: copy.deepcopy(module.state_dict()) for name, module in parts.items()}
@@ -171,14 +169,15 @@ def test_the_actor_critic_leaves_the_world_model_alone(actor_grad):
     def reward_of(z, sigma, action, z_next):
         return draw.reward(z_next) + ensemble.disagreement(sigma, z, action)
 
-    args = draw_pretrain.Args(horizon=3, actor_grad=actor_grad)
-    loss, _, _ = draw_pretrain.actor_critic_losses(
+    args = draw_pretrain.Args(horizon=3, actor_lr=1e-2, critic_lr=1e-2)
+    adam = draw_pretrain.policy_adam(args, policy)
+    loss, *_ = draw_pretrain.reinforce(
         args, draw, Rectified(draw), policy, z, sigma, torch.ones(4), reward_of
     )
     draw_pretrain.gradient_step(adam, loss, 100.0)
     policy.update_slow_critic()
     for module in (draw, ensemble):
-        assert actor_grad == "dynamics" or all(p.grad is None for p in module.parameters())
+        assert all(p.grad is None for p in module.parameters())
     assert all(p.grad is None for p in policy.slow_critic.parameters())
     assert not changed(before["draw"], draw.state_dict())
     assert not changed(before["ensemble"], ensemble.state_dict())
@@ -192,10 +191,8 @@ def test_the_actor_critic_leaves_the_world_model_alone(actor_grad):
     assert "net.6.weight" in changed(before["slow"], policy.slow_critic.state_dict())
 
 
-@pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
-def test_what_stage_1_learns_from_policies_is_thrown_away(monkeypatch, tmp_path, actor_grad):
-    """With gradients through the dynamics the world model gets some too; its own step begins from
-    none, so its weights are the same with other policies."""
+def test_what_stage_1_learns_from_policies_is_thrown_away(tmp_path):
+    """The world model's weights are the same with other policies."""
     weights = []
     for actor_lr in (1e-6, 1e-2):
         args = draw_pretrain.Args(
@@ -219,7 +216,6 @@ def test_what_stage_1_learns_from_policies_is_thrown_away(monkeypatch, tmp_path,
             units=16,
             actor_units=16,
             ensemble=2,
-            actor_grad=actor_grad,
             actor_lr=actor_lr,
         )
         draw_pretrain.main(args)
@@ -259,7 +255,8 @@ def test_stage_3_leaves_the_world_model_alone(monkeypatch, tmp_path, learn):
             length=4,
             starts=8,
             horizon=3,
-            lr=1e-2,
+            actor_lr=1e-2,
+            critic_lr=1e-2,
             learn=learn,
         )
     )

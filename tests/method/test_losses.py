@@ -259,10 +259,9 @@ class Chain:
         monkeypatch.setattr(draw_pretrain, "sample_onehot", one_hot)
         changes = {"horizon": 3, "gamma": 0.8, "lam": 0.5, "return_floor": 1.0, **changes}
         self.args = draw_pretrain.Args(**changes)
+        self.args.critic_lr = self.args.actor_lr
         self.policy = ActorCritic(CHAIN)
-        groups = (self.policy.actor, self.policy.critic)
-        groups = [{"params": list(net.parameters())} for net in groups]
-        self.adam = torch.optim.Adam(groups, self.args.actor_lr)
+        self.adam = draw_pretrain.policy_adam(self.args, self.policy)
         self.z = F.one_hot(torch.zeros(5, 1, dtype=torch.long), 8).float()
         self.cont = lambda z: torch.where(place(z) == 2, 0.5, 1.0)
 
@@ -275,7 +274,7 @@ class Chain:
     def update(self, reward_of, alive=1.0):
         z = self.z
         alive = torch.full((len(z),), alive)
-        loss, metrics, self.policy.range = draw_pretrain.actor_critic_losses(
+        loss, metrics, self.policy.range, _ = draw_pretrain.reinforce(
             self.args, self, self, self.policy, z, z, alive, reward_of
         )
         draw_pretrain.gradient_step(self.adam, loss, 100.0)
@@ -314,9 +313,8 @@ R0 = 1.0 + 0.8 * 1.0 * (0.5 * V1 + 0.5 * R1)
 MEAN_BOOTSTRAPPED_RETURN = (R0 + R1 + R2) / 3
 
 
-@pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
-def test_lambda_returns_weights_and_scale(monkeypatch, actor_grad):
-    chain = Chain(monkeypatch, actor_grad=actor_grad)
+def test_lambda_returns_weights_and_scale(monkeypatch):
+    chain = Chain(monkeypatch)
     spread = np.subtract(*np.percentile(RETURNS * 5, [95, 5]))
     metrics = chain.update(reward_of_the_place)
     assert metrics["reward"].item() == pytest.approx(2.0)
@@ -376,9 +374,8 @@ def test_nothing_is_learned_after_the_end_of_an_episode(monkeypatch):
     assert all(torch.equal(before[name], after[name]) for name in before if name != "range")
 
 
-@pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
-def test_actor_and_critic_learn_the_way_they_should(monkeypatch, actor_grad):
-    chain = Chain(monkeypatch, actor_grad=actor_grad, actor_lr=1e-2, gamma=0.0)
+def test_actor_and_critic_learn_the_way_they_should(monkeypatch):
+    chain = Chain(monkeypatch, actor_lr=1e-2, gamma=0.0)
     chain.z = chain.z.repeat(20, 1, 1)
     mean = chain.policy.actor(chain.z).mean.mean().item()
     for _ in range(40):
@@ -532,6 +529,8 @@ def test_policy_learns_to_do_what_pays(monkeypatch, tmp_path):
     )  # a positive action leads to class 0
     draw.reward = lambda z: z[..., 0].mean(-1)  # which pays
     rows = random_rows(8)
-    _, policy = run_policy(monkeypatch, tmp_path, draw, rows, updates=60, lr=1e-2, entropy=0.0)
+    _, policy = run_policy(
+        monkeypatch, tmp_path, draw, rows, updates=60, actor_lr=1e-2, critic_lr=1e-2, entropy=0.0
+    )
     z = sample_onehot(torch.full((100, TINY.S, TINY.K), 1 / TINY.K))
     assert policy.actor(z).mean.mean() > 0.5

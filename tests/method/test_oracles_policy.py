@@ -20,6 +20,7 @@ from helpers import (
     shaken_draw,
 )
 from oracles import (
+    actor64,
     actor_critic64,
     belief64,
     bounded64,
@@ -30,6 +31,7 @@ from oracles import (
     sample64,
     softmax64,
     step64,
+    twohot_log_prob64,
     twohot_mean64,
     weights64,
 )
@@ -79,33 +81,23 @@ def nets_of(policy):
     return {name: weights64(part.net) for name, part in parts.items()}
 
 
-def losses_of(stage):
-    return stage.reinforce if stage is train_policy else stage.actor_critic_losses
-
-
 def test_both_stages_hold_the_same_text():
-    for name in ("imagine", "lambda_returns", "actor_loss", "critic_loss"):
+    names = "imagine lambda_returns actor_loss critic_loss reinforce search lesson_loss improve"
+    for name in (*names.split(), "continued", "policy_adam"):
         one, three = (inspect.getsource(getattr(m, name)) for m in (draw_pretrain, train_policy))
         assert one == three, name
 
 
-# With gradients through the dynamics the latents are probabilities, not samples, so that difference
-# quotients exist.
 @pytest.mark.parametrize(
-    "stage, actor_grad, method, floor",
+    "stage, method, floor",
     [
-        (draw_pretrain, "reinforce", "none", 1e-3),
-        (train_policy, "reinforce", "residual", 5.0),
-        (train_policy, "reinforce", "none", 1e-3),
-        (draw_pretrain, "dynamics", "none", 1e-3),
+        (draw_pretrain, "none", 1e-3),
+        (train_policy, "residual", 5.0),
+        (train_policy, "none", 1e-3),
     ],
 )
-def test_actor_critic_losses(monkeypatch, noise, stage, actor_grad, method, floor):
-    smooth = actor_grad == "dynamics"
-    if smooth:
-        monkeypatch.setattr(stage, "sample_onehot", lambda probs: probs)
+def test_actor_critic_losses(noise, stage, method, floor):
     args = args_of(stage, return_floor=floor)
-    args.actor_grad = actor_grad
     draw = shaken_draw()
     rectified = shaken(Rectified(draw, method, hidden=8)).requires_grad_(False)
     members = shaken(Ensemble(TINY, embed_size=5, members=3, target=4)).requires_grad_(False)
@@ -128,13 +120,13 @@ def test_actor_critic_losses(monkeypatch, noise, stage, actor_grad, method, floo
         z, sigma, _ = random_states(4)
         noise.uniform.clear()
         noise.normal.clear()
-        loss, metrics, policy.range, *ends = losses_of(stage)(
+        loss, metrics, policy.range, ends = stage.reinforce(
             args, draw, rectified, policy, z, sigma, alive, reward_of
         )
-        classes = [double(n)[..., 0] for n in noise.uniform] or [[[0.0] * S] * 4] * 3
+        classes = [double(n)[..., 0] for n in noise.uniform]
         drawn = np.array([double(n) for n in noise.normal]), np.array(classes)
         expected, actor_loss, critic_loss = actor_critic64(
-            slow_world(draw, rectified, smooth, slow_reward),
+            slow_world(draw, rectified, False, slow_reward),
             nets,
             double(z),
             double(sigma),
@@ -143,7 +135,7 @@ def test_actor_critic_losses(monkeypatch, noise, stage, actor_grad, method, floo
             *GAMMA_LAM_ENTROPY,
             average,
             floor,
-            smooth,
+            False,
         )
         average = expected["average"]
         close(policy.range, average, rtol=1e-3)
@@ -195,7 +187,8 @@ def test_updates_of_stage_3(monkeypatch, tmp_path, noise, method):
         length=T,
         starts=B * T,
         log_every=1,
-        lr=0.0,
+        actor_lr=0.0,
+        critic_lr=0.0,
         return_floor=1e-3,
     )
     args.checkpoint, args.dataset = str(tmp_path / "adapted.pt"), str(tmp_path / "data.npz")
@@ -235,3 +228,72 @@ def test_updates_of_stage_3(monkeypatch, tmp_path, noise, method):
             close(value, expected[name], rtol=1e-3, atol=1e-4)
     groups = [[id(p) for p in net.parameters()] for net in (policy.actor, policy.critic)]
     assert cut == [(group, 100.0) for group in groups] * 2
+
+
+def test_search(noise):
+    """What the best candidate of each start did, against single steps without samples"""
+    B, M, H = 3, 4, HYPER["horizon"]
+    args = args_of(train_policy, candidates=M, return_floor=0.01)
+    draw, policy = shaken_draw(), shaken_policy()
+    rectified = shaken(Rectified(draw, "residual", hidden=8)).requires_grad_(False)
+    z, sigma, _ = random_states(B)
+    z = sigma.roll(1, 0)  # probabilities
+    torch.manual_seed(2)
+    lessons, metrics, ends = train_policy.search(
+        args, draw, rectified, policy, z, sigma, lambda *now: draw.reward(now[-1])
+    )
+    # The noise once more
+    torch.manual_seed(2)
+    held = torch.randn(B * M, 1)
+    pushes = []
+    for _ in range(H):
+        renewed = torch.rand(B * M, 1) < 1 / 8
+        held = torch.where(renewed, torch.randn_like(held), held)
+        pushes.append(double(held))
+    world, nets = slow_world(draw, rectified, smooth=True), nets_of(policy)
+    deviation = [0.0, *np.linspace(0.3, 1.0, M - 1)]
+    for b in range(B):
+        paths = []
+        for m in range(M):
+            place, belief, path = double(z[b]), double(sigma[b]), []
+            for t in range(H):
+                mean = actor64(nets["actor"], place)[0]
+                action = (mean + deviation[m] * pushes[t][b * M + m]).clip(-1, 1)
+                before = place
+                belief = softmax64(world.dynamics(place, belief, action))
+                place = belief
+                reward = world.reward(belief, before, action, place)
+                path.append((before, action, reward, HYPER["gamma"] * world.cont(place)))
+            R = twohot_mean64(mlp64(nets["slow"], place.ravel()))
+            returns = []
+            for _, _, reward, discount in reversed(path):
+                R = reward + discount * R
+                returns.insert(0, R)
+            paths.append((returns, path, place, belief))
+        first = [path[0][0] for path in paths]
+        best = int(np.argmax(first))
+        gain = (first[best] - first[0]) / max(abs(first[0]), 0.01)
+        for t in range(H):
+            row = t * B + b
+            close(lessons["z"][row], paths[best][1][t][0])
+            close(lessons["a"][row], paths[best][1][t][1])
+            close(lessons["R"][row], paths[best][0][t], rtol=1e-3, atol=1e-4)
+            close(lessons["w"][row], min(1.0, gain / 0.05), rtol=1e-2, atol=1e-2)
+        at_the_end = [np.allclose(double(ends[0][b]), paths[m][2], atol=1e-4) for m in (0, best)]
+        assert any(at_the_end)
+    assert metrics["best_return"] >= metrics["return"]
+
+
+def test_lesson_loss():
+    policy = shaken_policy()
+    z, _, a = random_states(5)
+    R, w = torch.randn(5) * 3, torch.tensor([0.0, 0.2, 0.4, 0.8, 1.0])
+    expected = 0.0
+    for i in range(5):
+        mean = actor64(weights64(policy.actor.net), double(z[i]))[0]
+        logits = mlp64(weights64(policy.critic.net), double(z[i]).ravel())
+        expected += (
+            w[i].item() * ((mean - double(a[i])) ** 2).sum()
+            - twohot_log_prob64(logits, R[i].item())
+        ) / 5
+    close(train_policy.lesson_loss(policy, z, a, R, w), expected)

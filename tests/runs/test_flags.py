@@ -51,6 +51,10 @@ STAGE_1 = {
     "entropy": (0.0, 1e9),
     "return_floor": (1e-9, 1e9),
     "ensemble": (2, 9),
+    "restart": (0.0, 1.0),
+    "least_reward": (0.0, 1e9),
+    "candidates": (2, 20),
+    "lesson_steps": (1, 9),
     "ensemble_target": (0, 40),
 }
 STAGE_2 = {
@@ -91,18 +95,19 @@ STAGE_3 = {
     "horizon": (1, 30),
     "least_reward": (0.0, 1e9),
     "gamma": (0.0, 1.0),
-    "lr": (0.0, 1e-3),
+    "actor_lr": (0.0, 1e-3),
+    "critic_lr": (0.0, 1e-3),
     "decay": (False, True),
     "return_floor": (1e-9, 1e9),
     "lam": (0.0, 1.0),
     "entropy": (0.0, 1e9),
     "candidates": (2, 30),
-    "steps": (1, 9),
+    "lesson_steps": (1, 9),
 }
 # Not numbers, tested elsewhere, or below by themselves
 OTHERS = shlex.split(
     """env_id run_dir overwrite resume device track bf16 compile parallel_envs image_size look
-    collect steps prefill lr actor_lr actor_grad checkpoint dataset actions_lead target_env_id
+    collect steps prefill lr actor_lr critic_lr checkpoint dataset actions_lead target_env_id
     collect_policy method inputs finetune_lr eval_env_ids warm_start learn"""
 )
 TINY_1 = {
@@ -163,8 +168,9 @@ def pretrain(run_dir, **changes):
 
 
 @pytest.mark.parametrize("end", [0, 1])
-def test_stage_1(tmp_path, end):
-    changes = ends(STAGE_1, end)
+@pytest.mark.parametrize("learn", ["reinforce", "search"])
+def test_stage_1(tmp_path, end, learn):
+    changes = ends(STAGE_1, end) | {"learn": learn}
     metrics = pretrain(tmp_path, **changes)
     assert len(metrics) >= (8 if end else 12) or changes["train_every"] == 1e9
 
@@ -173,9 +179,9 @@ def test_stage_1(tmp_path, end):
     "flags",
     [
         {"train_every": 0.5, "gamma": 1.0, "lam": 1.0},
-        {"policy_start": 0, "gamma": 1.0, "actor_grad": "dynamics", "entropy": 0.0},
-        {"lr": 1e-9, "actor_lr": 1e-9, "collect": "task"},
-        {"lr": 1.0, "actor_lr": 1.0, "collect": "explore"},  # may diverge
+        {"policy_start": 0, "gamma": 1.0, "learn": "search", "restart": 0.0},
+        {"lr": 0.0, "actor_lr": 0.0, "critic_lr": 0.0, "collect": "task"},
+        {"lr": 1.0, "actor_lr": 1.0, "critic_lr": 1.0, "collect": "explore"},  # may diverge
         {"steps": 21, "collect": "random"},
         {"soft_updates": 10**9, "rewarded": 1.0, "horizon": 20},
         {"image_scale": 1e9, "warmup": 10**9},
@@ -240,6 +246,14 @@ def test_stage_3(tmp_path, given, end, learn):
 @pytest.mark.parametrize("warm_start", ["none", "critic", "both"])
 def test_stage_3_by_itself(tmp_path, given, learn, warm_start):
     more = {"run_dir": str(tmp_path), "device": "cpu", "learn": learn, "warm_start": warm_start}
-    more |= {"updates": 2, "batch": 2, "length": 3, "starts": 4, "horizon": 2, "lr": 1.0}
+    more |= {
+        "updates": 2,
+        "batch": 2,
+        "length": 3,
+        "starts": 4,
+        "horizon": 2,
+        "actor_lr": 1.0,
+        "critic_lr": 1.0,
+    }
     train_policy.main(train_policy.Args(**given, **more, bf16=True))
     assert (tmp_path / "policy.pt").exists()

@@ -21,7 +21,8 @@ PRETRAIN = shlex.split(
     --batch 4 --length 8 --train-every 4 --lr 1e-3 --warmup 5 --no-decay --soft-updates 10
     --image-scale 1 --vector-scale 1 --reward-scale 1 --return-floor 1 --actor-lr 3e-4
     --horizon 3 --starts 8 --policy-start 10 --policy-every 2 --explore-every 3 --rewarded 0.25
-    --gamma 0.99 --actor-grad dynamics --ensemble 2 --ensemble-target 4 --log-every 10
+    --gamma 0.99 --learn reinforce --restart 1 --least-reward 0 --critic-lr 3e-4 --ensemble 2
+    --ensemble-target 4 --log-every 10
     --device cpu"""
 )
 ADAPT = shlex.split(
@@ -32,7 +33,7 @@ ADAPT = shlex.split(
 POLICY = shlex.split(
     """laptop --updates 20 --batch 2 --length 4 --starts 8 --rewarded 0.5 --horizon 3
     --log-every 5 --save-every 1000 --eval-every 0 --eval-episodes 2 --n-envs 2 --learn reinforce
-    --restart 1 --least-reward 0 --no-decay --device cpu"""
+    --restart 1 --least-reward 0 --actor-lr 5e-4 --critic-lr 5e-4 --no-decay --device cpu"""
 )
 
 
