@@ -78,6 +78,13 @@ def start(module, flags, run_dir, limit=None, log=os.devnull):
     return process
 
 
+def wait_for(process, happened):
+    """until happened(); the process must live as long"""
+    while not happened():
+        assert process.is_alive()
+        time.sleep(0.01)
+
+
 def arrays(path):
     """Every number in a checkpoint, in order"""
     found = []
@@ -208,8 +215,7 @@ def test_ctrl_c_saves_and_goes_on(stage, flags, undisturbed, tmp_path):
     module, stage_flags = flags[stage]
     run_dir, log = tmp_path / "run", tmp_path / "log"
     process = start(module, stage_flags, run_dir, log=log)
-    while not (run_dir / "state.pt").exists():
-        time.sleep(0.01)
+    wait_for(process, (run_dir / "state.pt").exists)
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
     assert process.exitcode == 130
@@ -234,8 +240,7 @@ def test_full_disk_leaves_the_last_good_files(stage, flags, tmp_path):
     module, stage_flags = flags[stage]
     run_dir, log = tmp_path / "run", tmp_path / "log"
     process = start(module, stage_flags, run_dir)
-    while not (run_dir / "state.pt").exists():
-        time.sleep(0.01)
+    wait_for(process, (run_dir / "state.pt").exists)
     process.kill()
     process.join()
     before = {p: p.read_bytes() for p in run_dir.rglob("*.pt")}
@@ -387,8 +392,7 @@ def test_a_run_that_ends_before_its_first_save_leaves_nothing_of_an_older_one(
     shutil.copytree(undisturbed[stage][0], run_dir)
     assert (run_dir / RESULT[stage]).exists()
     process = start(module, [*stage_flags, "--seed 3 --save-every 100000 --overwrite"], run_dir)
-    while json.loads((run_dir / "args.json").read_text())["seed"] != 3:
-        time.sleep(0.01)
+    wait_for(process, lambda: json.loads((run_dir / "args.json").read_text())["seed"] == 3)
     process.kill()
     process.join()
     assert not list(run_dir.glob("*.pt")) and not list(run_dir.glob("replay*/*.npz"))
@@ -422,8 +426,7 @@ def test_a_resumed_stage_1_starts_new_episodes(tmp_path):
     flags = [*PRETRAIN, f"--env-id {TOY[0]} --n-envs 1 --steps 500 --save-every 415"]
     run_dir = tmp_path / "run"
     process = start(draw_pretrain, flags, run_dir)
-    while not (run_dir / "state.pt").exists():
-        time.sleep(0.005)
+    wait_for(process, (run_dir / "state.pt").exists)
     process.kill()
     process.join()
     call(draw_pretrain, *flags, f"--resume --run-dir {run_dir}")

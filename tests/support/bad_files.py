@@ -243,7 +243,10 @@ DATASETS = {
     "empty": (lambda r, F: b"", ["can't be read"]),
     "text": (lambda r, F: b"no arrays\n" * 99, ["can't be read"]),
     "a zip of something else": (lambda r, F: zip_bytes(readme=b"hello"), ["lacks"]),
-    "a zip of texts": (lambda r, F: zip_bytes(**{f"{k}.npy": b"no array" for k in r}), ["image"]),
+    "a zip of texts": (
+        lambda r, F: zip_bytes(**{f"{k}.npy": b"no array" for k in r}),
+        ["can't be read"],
+    ),
     "a checkpoint": (lambda r, F: (F / "draw.pt").read_bytes(), ["lacks"]),
     "one array": (lambda r, F: npy_bytes(r["image"]), ["can't be read"]),
     "trap": (
@@ -344,7 +347,10 @@ DATASETS = {
         lambda r, F: npz_bytes(r | {"is_first": r["is_first"].astype(str)}),
         ["is_first"],
     ),
-    "one flag for all": (lambda r, F: npz_bytes(r | {"is_first": np.array(True)}), ["image"]),
+    "one flag for all": (
+        lambda r, F: npz_bytes(r | {"is_first": np.array(True)}),
+        ["can't be read"],
+    ),
     "flags in a table": (
         lambda r, F: npz_bytes(r | {"is_terminal": r["is_terminal"][:, None]}),
         ["is_terminal"],
