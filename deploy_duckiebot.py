@@ -1194,8 +1194,9 @@ class Log:
             print(f"a recording would have {usable(dataset_of(self.rows))}")
         times = np.array([row["time_action"] for row in self.rows])
         lags = times - [row["time_image"] for row in self.rows]
-        overruns = np.sum(np.diff(times) > STEP_BOUNDS[1])
-        rate = (len(times) - 1) / (times[-1] - times[0])
+        steps = np.diff(times)
+        overruns = np.sum(steps > STEP_BOUNDS[1])
+        rate = 1 / np.mean(steps[steps < 1])  # without the pause before it was armed again
         metres = sum(abs(row["vector"][1]) for row in self.rows) * MAX_VELOCITY / HZ
         print(f"{len(times)} steps, {rate:.2f} a second, {overruns} overruns, {metres:.1f} m")
         for name, values in (("computing", self.computing), ("picture to command", lags)):
