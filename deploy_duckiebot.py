@@ -1101,12 +1101,12 @@ class SimulatedRobot:
         try_driver(self.observe())
 
     def observe(self):
+        self.deadline = self.now() + 1 / HZ
         v, omega = self.env.unwrapped.velocity()
         return Seen(self.obs["image"], self.now(), self.clock, v, omega, self.is_first)
 
     def command(self, duties):
         self.duties = duties
-        self.deadline = self.now() + 1 / HZ
         return self.now()
 
     def wait(self):
