@@ -63,7 +63,7 @@ PAIR_reacher = ReacherEasy Reversed
 SOURCE = redraw/$(word 1,$(PAIR_$(PAIR)))-v0
 TARGET = redraw/$(word 1,$(PAIR_$(PAIR)))$(word 2,$(PAIR_$(PAIR)))-v0
 # Pictures with more in them than a pendulum want a larger model and more updates (10,000).
-SIZES = $(if $(filter pendulum,$(PAIR)),,--cnn-depth 16 --units 256 --vector-scale 200 --train-every 2.4)
+SIZES = $(if $(filter pendulum,$(PAIR)),,--cnn-depth 16 --units 256 --vector-scale 200 --train-every 4.8)
 COMMON = --seed $(SEED) --resume
 demo: .venv/installed
 	$(if $(PAIR_$(PAIR)),,$(error PAIR must be pendulum, cup, finger or reacher, not '$(PAIR)'))
