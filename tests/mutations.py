@@ -267,9 +267,6 @@ fine-tuning without its scale
 adaptation KL teaches the encoder
 -return kl_categorical(log_q.detach(), rectified.log_prior(u)) * ~first, ~first
 +return kl_categorical(log_q, rectified.log_prior(u)) * ~first, ~first
-fine-tuning trains all
--trained = [*draw.dynamics_net.parameters(), draw.initial_logits]
-+trained = list(draw.parameters())
 fine-tuning leaves the initial state out
 -trained = [*draw.dynamics_net.parameters(), draw.initial_logits]
 +trained = list(draw.dynamics_net.parameters())
