@@ -124,6 +124,8 @@ def stops():
                 error = drive(air.port)
                 time.sleep(1.0)
                 zeros = [c[0] for c in robot.commands if c[1:3] == (0, 0)]
+                robot.fault.clear()  # so that the watchdog is answered, and ends
+                time.sleep(2.5)
                 times.append(min(t for t in zeros if t > robot.fault_time) - robot.fault_time)
         times = ", ".join(f"{t:.3f}" for t in sorted(times))
         print(f"{name}: {times} s; {str(error).removeprefix('error: ')}", flush=True)
