@@ -38,7 +38,7 @@ def flags(tmp_path_factory):
     draw = save_tiny_draw(folder / "draw.pt")
     save_dataset(folder / "data.npz", random_rows(200))
     saves = {stage: f"--save-every {every}" for stage, every in EVERY.items()}
-    source = f"--env-id {TOY[0]} --n-envs 1 --steps 1000 --replay-size 300"
+    source = f"--env-id {TOY[0]} --n-envs 1 --steps 1000 --train-every 8 --replay-size 300"
     target = f"--checkpoint {draw} --target-env-id {TOY[1]} --updates 300"
     search = f"--checkpoint {draw} --dataset {folder}/data.npz --updates 200 --learn search"
     return {
@@ -148,9 +148,9 @@ def test_killed_and_resumed_equals_undisturbed(stage, flags, undisturbed, tmp_pa
     module, stage_flags = flags[stage]
     (calm, seconds), run_dir, rng = undisturbed[stage], tmp_path / "run", random.Random(0)
     saved, kills, moved = 0, 0, 0
-    while kills < KILLS:
+    while kills < KILLS or (moved < 1 and kills < 4 * KILLS):
         process = start(module, [*stage_flags, "--resume"], run_dir)
-        longest = 0.5 if moved < 2 else 0.2
+        longest = 0.9 if moved < 2 else 0.2
         time.sleep(rng.uniform(0.05, longest) * seconds)
         process.kill()
         process.join()
@@ -164,8 +164,8 @@ def test_killed_and_resumed_equals_undisturbed(stage, flags, undisturbed, tmp_pa
             assert now >= saved  # what was saved stays saved
             lines = (run_dir / "metrics.csv").read_text().splitlines()[1:]
             logged = [int(line.split(",")[0]) for line in lines if line.count(",") == 2]
-            # Updates that had been logged and must be made again; stage 1 makes one in 4 steps.
-            every = EVERY[stage] // (4 if stage == "draw_pretrain" else 1)
+            # Updates that had been logged and must be made again; stage 1 makes one in 8 steps.
+            every = EVERY[stage] // (8 if stage == "draw_pretrain" else 1)
             assert max(logged, default=0) - now <= every
             moved += now > saved
             saved = now
@@ -197,7 +197,7 @@ def test_killed_in_the_middle_of_a_save(stage, flags, undisturbed, tmp_path, mon
 
         return killer
 
-    for nth in (3, 1, 4):
+    for nth in (2, 4):
         monkeypatch.setattr(os, "replace", kill_at(nth))
         process = start(module, [*stage_flags, "--resume"], run_dir)
         process.join(600)
@@ -282,15 +282,6 @@ def test_full_disk_for_real(flags, tmp_path):
             torch.load(path, weights_only=True)
     finally:
         subprocess.run(["umount", disk], check=True)
-
-
-def test_another_seed_another_run(flags, undisturbed, tmp_path):
-    module, stage_flags = flags["draw_pretrain"]
-    calm = (undisturbed["draw_pretrain"][0] / "metrics.csv").read_text()
-    for seed, equal in ((1, True), (2, False)):
-        process = start(module, [*stage_flags, "--seed", seed], tmp_path / str(seed))
-        process.join(600)
-        assert ((tmp_path / str(seed) / "metrics.csv").read_text() == calm) == equal
 
 
 def contents(folder):
