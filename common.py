@@ -370,15 +370,19 @@ class Policy(nn.Module):
 
     posterior = DRAW.posterior
 
+    def act(self, image, vector):
+        """image uint8 (n, L, L, C), vector (n, V), tensors -> actions (n, A) in [-1, 1]"""
+        q = self.posterior(self.encoder(image, vector)).exp()
+        action = self.actor(q).mean if self.by_mean else self.actor(sample_onehot(q)).sample()
+        return action.clamp(-1, 1)
+
     @torch.no_grad()
     def __call__(self, image, vector):
-        """image uint8 (n, L, L, C), vector float32 (n, V), NumPy -> actions (n, A) in [-1, 1]"""
+        """The same for NumPy arrays"""
         device = next(self.parameters()).device
         image = torch.as_tensor(image, device=device)
         vector = torch.as_tensor(vector, device=device)
-        q = self.posterior(self.encoder(image, vector)).exp()
-        action = self.actor(q).mean if self.by_mean else self.actor(sample_onehot(q)).sample()
-        return action.clamp(-1, 1).cpu().numpy()
+        return self.act(image, vector).cpu().numpy()
 
 
 class Encoder(nn.Module):

@@ -56,7 +56,6 @@ from common import (
     explained,
     held_noise,
     load_policy,
-    sample_onehot,
     save_dataset,
     seed_everything,
     write_atomically,
@@ -1231,19 +1230,14 @@ def usable(data):
 
 def export(policy, path):
     """Writes the policy as TorchScript, image uint8 (n, L, L, 3) and vector float32 (n, V) ->
-    sampled actions (n, 2), and compares its actions with the policy's own from the same seeds."""
-
-    def act(image, vector):  # Policy.__call__ with tensors
-        z = sample_onehot(policy.posterior(policy.encoder(image, vector)).exp())
-        return policy.actor(z).sample().clamp(-1, 1)
-
+    actions (n, 2), and compares its actions with the policy's own from the same seeds."""
     L = policy.sizes.image_size
     V = policy.sizes.vector_size
     images = torch.randint(0, 256, (32, 1, L, L, 3), dtype=torch.uint8)
     vectors = torch.rand(32, 1, V) * 2 - 1
     differ = 0.0
     with torch.no_grad(), quiet():
-        script = torch.jit.trace(act, (images[0], vectors[0]), check_trace=False)
+        script = torch.jit.trace(policy.act, (images[0], vectors[0]), check_trace=False)
         write_atomically(path, lambda file: torch.jit.save(script, file))
         board = torch.jit.load(path)
         for seed, (image, vector) in enumerate(zip(images, vectors, strict=True)):
