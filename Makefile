@@ -40,7 +40,7 @@ demo scratch duckietown: export OMP_NUM_THREADS ?= 1
 duckietown-install: .venv/duckietown
 
 test: .venv/installed
-	$(PY) -m pytest tests -q -m "not timing" --ignore tests/robot/test_duckietown.py
+	$(PY) -m pytest tests -q -n 2 --dist loadfile -m "not timing" --ignore tests/robot/test_duckietown.py
 # What the clock decides, and what needs the simulator: on a machine with nothing else to do.
 test-duckiebot: .venv/duckietown
 	$(PY) -m pytest tests/robot -q

@@ -18,6 +18,7 @@ import random
 import re
 import signal
 import sys
+import warnings
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
@@ -523,7 +524,7 @@ def empty_rows(sizes, *rows):
 
 def dataset_files(path):
     """The files of a dataset, oldest first; hidden ones are no part of it."""
-    return sorted(Path(path).glob("[!.]*.npz")) if Path(path).is_dir() else [Path(path)]
+    return sorted(Path(path).glob("[!.]*.npz")) if os.path.isdir(path) else [Path(path)]
 
 
 def read_npz(file, keys):
@@ -558,8 +559,9 @@ def read_rows(file, into):
             raise UserError(f"{file}: {key} must be {target.dtype} {target.shape}; {it_is}")
         with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite
             target[:] = value
-        if target.dtype == np.float32 and not np.isfinite(target).all():
-            row = np.argwhere(~np.isfinite(target))[0][0]
+        finite = np.isfinite(value) & np.isfinite(target)
+        if not finite.all():
+            row = np.argwhere(~finite)[0][0]
             raise UserError(f"{file}: {key} is NaN or infinite, first in row {row}")
     into["is_first"][:1] = True
 
@@ -575,7 +577,7 @@ def load_dataset(path, sizes, newest=None, actions_lead=False):
     Raises UserError: no such file, not a dataset, other sizes, NaN, another convention of actions.
     """
     files = dataset_files(path)
-    if not files or not all(file.is_file() for file in files):
+    if not files or not all(os.path.isfile(file) for file in files):
         raise UserError(f"no dataset at {path}: expected a .npz file or a folder of them")
     counts = {}  # rows of each file, the newest first
     for file in reversed(files):
@@ -709,7 +711,8 @@ def load_checkpoint(path, stages, device="cpu"):
     """Reads a checkpoint of one of `stages`; weights_only, so a stranger's file can't run code.
     UserError: no such file, not a checkpoint of this project, or of another stage."""
     makers = " or ".join(f"{stage}.py" for stage in stages)
-    with explained(f"{path} is not a checkpoint of this project; make one with {makers}"):
+    problem = f"{path} is not a checkpoint of this project; make one with {makers}"
+    with explained(problem), warnings.catch_warnings(action="ignore"):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         checkpoint = {"args": {}, **checkpoint, "file": str(path)}
         stage = checkpoint["stage"]
@@ -728,7 +731,8 @@ def load_module(checkpoint, key, make, device="cpu"):
             wanted = make().state_dict()
         weights = checkpoint[key]
         for name in {**wanted, **weights}:
-            if weights[name].shape != wanted[name].shape or not weights[name].isfinite().all():
+            fits = weights[name].shape == wanted[name].shape and not weights[name].is_complex()
+            if not fits or not weights[name].isfinite().all():
                 raise ValueError(name)
     module = make().to(device)
     module.load_state_dict(weights)

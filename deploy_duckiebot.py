@@ -1231,13 +1231,17 @@ def usable(data):
 def export(policy, path):
     """Writes the policy as TorchScript, image uint8 (n, L, L, 3) and vector float32 (n, V) ->
     actions (n, 2), and compares its actions with the policy's own from the same seeds."""
+
+    def act(image, vector):  # a method of a module can't be traced
+        return policy.act(image, vector)
+
     L = policy.sizes.image_size
     V = policy.sizes.vector_size
     images = torch.randint(0, 256, (32, 1, L, L, 3), dtype=torch.uint8)
     vectors = torch.rand(32, 1, V) * 2 - 1
     differ = 0.0
     with torch.no_grad(), quiet():
-        script = torch.jit.trace(policy.act, (images[0], vectors[0]), check_trace=False)
+        script = torch.jit.trace(act, (images[0], vectors[0]), check_trace=False)
         write_atomically(path, lambda file: torch.jit.save(script, file))
         board = torch.jit.load(path)
         for seed, (image, vector) in enumerate(zip(images, vectors, strict=True)):

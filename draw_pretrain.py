@@ -59,6 +59,7 @@ from common import (
     Run,
     UserError,
     check_range,
+    explained,
     held_noise,
     kl_categorical,
     make_envs,
@@ -379,7 +380,7 @@ def reinforce(args, draw, dynamics, policy, z, sigma, alive, reward_of):
 
 
 @torch.no_grad()
-def search(args, draw, dynamics, policy, z, sigma, reward_of):
+def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     """`candidates` trajectories from each start; the best one is what actor and critic learn from.
 
     They are imagined without samples: z_t is the prior p(z_t | ...) itself. Candidate 0 follows the
@@ -389,7 +390,7 @@ def search(args, draw, dynamics, policy, z, sigma, reward_of):
         gain = (R_0 of the best - R_0 of candidate 0) / |R_0 of candidate 0|
         w_t = min(1, gain / 0.05) for t < 5, else 0
 
-    Args: z, sigma (B, S, K), where to start; the others as of `reinforce`.
+    Args: as of `reinforce`.
     Returns: lessons z_t, a_t, R_t, w_t of the best candidates, (H B, ...); metrics; z_H and sigma_H
         of the best or of candidate 0, by chance.
     """
@@ -414,8 +415,9 @@ def search(args, draw, dynamics, policy, z, sigma, reward_of):
     zs = torch.stack(zs)  # (H+1, B M, S, K)
     sigmas = torch.stack(sigmas)
     actions = torch.stack(actions)  # (H, B M, A)
-    reward = reward_of(zs[:-1], sigmas[:-1], actions, zs[1:])  # (H, B M)
-    discount = args.gamma * draw.cont(zs[1:])
+    alive = alive.repeat_interleave(M)  # (B M,), nothing follows a terminal start
+    reward = alive * reward_of(zs[:-1], sigmas[:-1], actions, zs[1:])  # (H, B M)
+    discount = alive * args.gamma * draw.cont(zs[1:])
     value = twohot_mean(policy.slow_critic(zs))  # (H+1, B M)
     returns = lambda_returns(reward, discount, value, lam=1.0)  # (H, B M)
 
@@ -453,7 +455,7 @@ def improve(args, draw, dynamics, policy, adam, memory, z, sigma, alive, reward_
         metrics["grad_norm"] = gradient_step(adam, loss, 100.0)
         policy.update_slow_critic()
         return metrics, ends
-    lessons, metrics, ends = search(args, draw, dynamics, policy, z, sigma, reward_of)
+    lessons, metrics, ends = search(args, draw, dynamics, policy, z, sigma, alive, reward_of)
     memory.append(lessons)
     for _ in range(args.lesson_steps):
         lessons = memory[torch.randint(len(memory), ())]
@@ -461,6 +463,7 @@ def improve(args, draw, dynamics, policy, adam, memory, z, sigma, alive, reward_
         loss = lesson_loss(policy, **{name: value[pick] for name, value in lessons.items()})
         metrics["grad_norm"] = gradient_step(adam, loss, 100.0)
         policy.update_slow_critic(0.05)
+    metrics["lesson_loss"] = loss
     return metrics, ends
 
 
@@ -496,7 +499,8 @@ def main(args):
     sizes = sizes_of(envs, **{name: getattr(args, name) for name in networks})
     if args.augment and sizes.channels != 3:
         raise UserError(f"--augment needs RGB images, {args.env_id} has {sizes.channels} channels")
-    draw = DRAW(sizes).to(device, memory_format=torch.channels_last)
+    with explained("the networks need more memory than there is", RuntimeError):
+        draw = DRAW(sizes).to(device, memory_format=torch.channels_last)
     dynamics = Rectified(draw)  # f itself
     ensemble = Ensemble(sizes, draw.encoder.embed_size, args.ensemble, args.ensemble_target)
     ensemble.to(device)

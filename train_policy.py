@@ -241,7 +241,7 @@ def reinforce(args, draw, dynamics, policy, z, sigma, alive, reward_of):
 
 
 @torch.no_grad()
-def search(args, draw, dynamics, policy, z, sigma, reward_of):
+def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     """`candidates` trajectories from each start; the best one is what actor and critic learn from.
 
     They are imagined without samples: z_t is the prior p(z_t | ...) itself. Candidate 0 follows the
@@ -251,7 +251,7 @@ def search(args, draw, dynamics, policy, z, sigma, reward_of):
         gain = (R_0 of the best - R_0 of candidate 0) / |R_0 of candidate 0|
         w_t = min(1, gain / 0.05) for t < 5, else 0
 
-    Args: z, sigma (B, S, K), where to start; the others as of `reinforce`.
+    Args: as of `reinforce`.
     Returns: lessons z_t, a_t, R_t, w_t of the best candidates, (H B, ...); metrics; z_H and sigma_H
         of the best or of candidate 0, by chance.
     """
@@ -276,8 +276,9 @@ def search(args, draw, dynamics, policy, z, sigma, reward_of):
     zs = torch.stack(zs)  # (H+1, B M, S, K)
     sigmas = torch.stack(sigmas)
     actions = torch.stack(actions)  # (H, B M, A)
-    reward = reward_of(zs[:-1], sigmas[:-1], actions, zs[1:])  # (H, B M)
-    discount = args.gamma * draw.cont(zs[1:])
+    alive = alive.repeat_interleave(M)  # (B M,), nothing follows a terminal start
+    reward = alive * reward_of(zs[:-1], sigmas[:-1], actions, zs[1:])  # (H, B M)
+    discount = alive * args.gamma * draw.cont(zs[1:])
     value = twohot_mean(policy.slow_critic(zs))  # (H+1, B M)
     returns = lambda_returns(reward, discount, value, lam=1.0)  # (H, B M)
 
@@ -315,7 +316,7 @@ def improve(args, draw, dynamics, policy, adam, memory, z, sigma, alive, reward_
         metrics["grad_norm"] = gradient_step(adam, loss, 100.0)
         policy.update_slow_critic()
         return metrics, ends
-    lessons, metrics, ends = search(args, draw, dynamics, policy, z, sigma, reward_of)
+    lessons, metrics, ends = search(args, draw, dynamics, policy, z, sigma, alive, reward_of)
     memory.append(lessons)
     for _ in range(args.lesson_steps):
         lessons = memory[torch.randint(len(memory), ())]
@@ -323,6 +324,7 @@ def improve(args, draw, dynamics, policy, adam, memory, z, sigma, alive, reward_
         loss = lesson_loss(policy, **{name: value[pick] for name, value in lessons.items()})
         metrics["grad_norm"] = gradient_step(adam, loss, 100.0)
         policy.update_slow_critic(0.05)
+    metrics["lesson_loss"] = loss
     return metrics, ends
 
 
@@ -351,13 +353,13 @@ def main(args):
         raise UserError(f"{args.dataset} holds fewer rows than --length {args.length}")
     for env_id in args.eval_env_ids:  # a typo must not cost a training
         evaluation_envs(args, env_id, draw.sizes).close()
-    data = encode(draw, dataset, device)
-    del dataset
 
     policy = begin_policy(args, checkpoint, draw.sizes).to(device)
     adam = policy_adam(args, policy)
     deployed = Policy(draw.sizes, draw, policy.actor, by_mean=args.learn == "search")
     run = Run(args.run_dir or f"runs/policy-{args.seed}", args, [args.checkpoint, args.dataset])
+    data = encode(draw, dataset, device)
+    del dataset
     modules = {"policy": policy, "adam": adam}
     saved = run.resume(modules)
     begin = saved.get("update", 0)
