@@ -1196,6 +1196,11 @@ class Run:
             on_interrupt(self.interrupt)
         return self.state
 
+    @staticmethod
+    def no_more_saves():
+        """After the loop Ctrl-C ends the script at once again."""
+        on_interrupt(stop)
+
     def interrupt(self, *_):
         self.interrupted = True
         on_interrupt(stop)  # a second one does not wait

@@ -85,7 +85,7 @@ class Args:
     seed: int = 1
     device: str = "auto"  # auto, cpu or cuda
     track: bool = False  # log to Weights & Biases too
-    bf16: bool = False  # networks compute in bfloat16; losses and weights stay float32
+    bf16: bool = False  # networks compute in bfloat16, but for search; losses stay float32
     compile: bool = False  # torch.compile of the world model; the first update takes minutes
     log_every: int = 100  # updates between two lines in the logs
 
@@ -283,7 +283,7 @@ class Ensemble(nn.Module):
         return torch.stack([member(x) for member in self.members])
 
     def loss(self, sigma, z, action, embed, is_first):
-        """Squared error of the next embedding, summed over E; () from (B, T, ...)."""
+        """Squared error of the next embedding (or projection), summed; () from (B, T, ...)."""
         target = embed[:, 1:]  # (B, T-1, E)
         if self.projection is not None:
             with torch.autocast(embed.device.type, enabled=False):
@@ -383,12 +383,13 @@ def reinforce(args, draw, dynamics, policy, z, sigma, alive, reward_of):
 def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     """`candidates` trajectories from each start; the best one is what actor and critic learn from.
 
-    They are imagined without samples: z_t is the prior p(z_t | ...) itself. Candidate 0 follows the
-    actor's mean. The others add noise, of deviation 0.3 to 1, that lasts 8 steps on average.
+    They are imagined without samples: from t = 1 on z_t is the prior p(z_t | ...) itself. Candidate
+    0 follows the actor's mean. The others add noise, of deviation 0.3 to 1, that lasts 8 steps on
+    average. The slow critic follows the critic by 5 % in each gradient step.
 
         R_t = r_{t+1} + gamma c_{t+1} R_{t+1},   R_H = v_H of the slow critic
-        gain = (R_0 of the best - R_0 of candidate 0) / |R_0 of candidate 0|
-        w_t = min(1, gain / 0.05) for t < 5, else 0
+        lead = (R_0 of the best - R_0 of candidate 0) / max(|R_0 of candidate 0|, return_floor)
+        w_t = min(1, lead / 0.05) for t < 5, else 0
 
     Args: as of `reinforce`.
     Returns: lessons z_t, a_t, R_t, w_t of the best candidates, (H B, ...); metrics; z_H and sigma_H
@@ -424,13 +425,13 @@ def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     R_0 = returns[0].view(B, M)
     first = torch.arange(B, device=z.device) * M  # candidate 0 of each start
     best = first + R_0.argmax(1)
-    gain = (R_0.amax(1) - R_0[:, 0]) / R_0[:, 0].abs().clamp(min=args.return_floor)
-    w = (gain / 0.05).clamp(max=1.0).repeat(args.horizon, 1)  # (H, B)
+    lead = (R_0.amax(1) - R_0[:, 0]) / R_0[:, 0].abs().clamp(min=args.return_floor)
+    w = (lead / 0.05).clamp(max=1.0).repeat(args.horizon, 1)  # (H, B)
     w[5:] = 0.0
     lessons = {"z": zs[:-1, best], "a": actions[:, best], "R": returns[:, best], "w": w}
     lessons = {name: value.flatten(0, 1) for name, value in lessons.items()}
     metrics = {"return": R_0[:, 0].mean(), "best_return": R_0.amax(1).mean()}
-    metrics |= {"reward": reward.mean(), "gain": gain.clamp(max=1.0).mean()}
+    metrics |= {"reward": reward.mean(), "lead": lead.clamp(max=1.0).mean()}
     ends = torch.where(torch.rand(B, device=z.device) < 0.5, best, first)
     return lessons, metrics, (zs[-1, ends], sigmas[-1, ends])
 
@@ -539,6 +540,7 @@ def main(args):
 
     obs, _ = envs.reset(seed=np.random.randint(2**31))
     noise = np.zeros((args.n_envs, sizes.action_size), np.float32)
+    noise = held_noise(noise, 1.0, args.gain)
     reward = np.zeros(args.n_envs)
     first = np.ones(args.n_envs, bool)
     last = terminal = np.zeros(args.n_envs, bool)
@@ -586,10 +588,12 @@ def main(args):
             start = (z.flatten(0, 1)[pick], sigma.flatten(0, 1)[pick], alive)  # (starts, S, K)
             for name, policy, every in policies:
                 if updates >= args.policy_start and updates % every == 0:
+                    begin_at = continued(args, ends.get(name), *start)
+                    adam = optimizers[f"{name}_adam"]
+                    memory = memories[name]
                     found, ends[name] = improve(
-                        args, draw, dynamics, policy, optimizers[f"{name}_adam"], memories[name],
-                        *continued(args, ends.get(name), *start), rewards[name],
-                    )  # fmt: skip
+                        args, draw, dynamics, policy, adam, memory, *begin_at, rewards[name]
+                    )
                     policy_metrics |= {f"{name}/{k}": v.detach() for k, v in found.items()}
             updates += 1
             if updates % args.log_every == 0 or updates == total:
@@ -627,7 +631,8 @@ def check(args):
             10**9,
             "steps episode_steps image_size log_every save_every policy_every explore_every",
         ),
-        (1, 65536, "n_envs batch horizon S cnn_depth units actor_units vector_units vector_layers"),
+        (1, 1000, "n_envs"),
+        (1, 65536, "batch horizon S cnn_depth units actor_units vector_units vector_layers"),
         (2, 65536, "length ensemble K"),  # a variable of one class says nothing
         (0, 10**9, "soft_updates ensemble_target policy_start warmup"),
         (0, 10**9, "least_reward entropy image_scale vector_scale reward_scale"),
@@ -649,9 +654,11 @@ def replay_rows(args, sizes):
     row_bytes = sizes.image_size**2 * sizes.channels + 4 * (sizes.vector_size + sizes.action_size)
     if not hasattr(os, "sysconf"):  # Windows
         return rows
-    fits = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (2 * row_bytes)
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun
+    fits = half // (row_bytes * processes)
     if rows > fits:
-        print(f"the replay keeps the newest {fits} rows, half of this machine's memory")
+        print(f"the replay keeps the newest {fits} rows, a share of half of the machine's memory")
     return min(rows, fits)
 
 
@@ -792,7 +799,8 @@ def augment(image, strength):
     and a real one. The encoder sees the changed image, the decoder is to give the clean one, so the
     latent leaves them out. A list like the authors', without superpixels and dropped channels.
 
-    Args: image: uint8 (..., L, L, 3); strength: 0 changes nothing, 1 is the most. Returns the same.
+    Args: image: uint8 (..., L, L, 3); strength: 0 changes nothing, 1 is the most.
+    Returns: the changed images, of the same shape.
     """
     x = image.flatten(0, -4).permute(0, 3, 1, 2).contiguous() / 255.0  # (B, 3, L, L)
     B, _, L, _ = x.shape

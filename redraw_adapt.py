@@ -81,7 +81,7 @@ class Args:
     collect_policy: str = "zero-shot"  # the source's task policy; random, explore, or a policy.pt
     collect_noise: float = 0.0  # share of the steps that act at random; larger: more states seen
     hold: float = 8.0  # a random action lasts so many steps on average; larger: farther swings
-    gain: float = 1.0  # random actions of every other episode; larger: more full force
+    gain: float = 1.0  # in every other episode random actions lie in +-gain, cut to +-1
     episode_steps: int | None = None  # shorter episodes than the environment's: more start states
     n_envs: int = 4
     look: Literal["fast", "stock"] = "fast"  # as in stage 1
@@ -285,6 +285,7 @@ def main(args):
                 run.write("best.pt", updates=update, **result)
         if run.interrupted or update % args.save_every == 0 or update == updates:
             run.save(update, modules, update=update, best=best)
+    run.no_more_saves()
     run.write("last.pt", updates=updates, **result)
     report(run, args, checkpoint, draw, rectified, dataset, data, rows)
     run.close()
@@ -337,7 +338,8 @@ def open_target(args, checkpoint, draw):
         raise UserError(f"an episode of {env_id} has {limit + 1} rows, fewer than --length")
     policy = None
     if args.collect_policy in ("zero-shot", "explore"):
-        policy = Policy(draw.sizes, draw).to(draw.initial_logits.device)
+        by_mean = checkpoint["args"].get("learn") == "search"  # as stage 1 let it act
+        policy = Policy(draw.sizes, draw, by_mean=by_mean).to(draw.initial_logits.device)
         actor = "task_actor" if args.collect_policy == "zero-shot" else "explore_actor"
         with explained(f"{args.checkpoint} holds no '{actor}' that fits"):
             policy.actor.load_state_dict(checkpoint[actor])
@@ -352,7 +354,7 @@ def collect(args, envs, policy):
     environment after the other. envs, policy: of open_target."""
     n = args.n_envs
     obs, _ = envs.reset(seed=args.seed + 10_000)
-    noise = np.zeros(envs.action_space.shape, np.float32)
+    noise = held_noise(np.zeros(envs.action_space.shape, np.float32), hold=1.0)
     noisy = last = terminal = np.zeros(n, bool)
     first = np.ones(n, bool)
     episode = np.arange(n)
@@ -367,9 +369,9 @@ def collect(args, envs, policy):
         flags = {"is_first": first, "is_last": last, "is_terminal": terminal}
         rows.append({**obs, "action": action, **flags})
         obs, _, terminal, truncated, _ = envs.step(action)
-        episode = episode + first
         first = last
         last = terminal | truncated
+        episode = episode + first
     envs.close()
     return {key: np.concatenate(np.stack([row[key] for row in rows], 1)) for key in rows[0]}
 

@@ -77,7 +77,7 @@ class Args:
     seed: int = 1
     device: str = "auto"  # auto, cpu or cuda
     track: bool = False  # log to Weights & Biases too
-    bf16: bool = False  # networks compute in bfloat16; losses and weights stay float32
+    bf16: bool = False  # networks compute in bfloat16, but for search; losses stay float32
     log_every: int = 100  # updates between two lines in the logs
 
     # Evaluation, in environments of these Gymnasium ids (or module:id)
@@ -244,12 +244,13 @@ def reinforce(args, draw, dynamics, policy, z, sigma, alive, reward_of):
 def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     """`candidates` trajectories from each start; the best one is what actor and critic learn from.
 
-    They are imagined without samples: z_t is the prior p(z_t | ...) itself. Candidate 0 follows the
-    actor's mean. The others add noise, of deviation 0.3 to 1, that lasts 8 steps on average.
+    They are imagined without samples: from t = 1 on z_t is the prior p(z_t | ...) itself. Candidate
+    0 follows the actor's mean. The others add noise, of deviation 0.3 to 1, that lasts 8 steps on
+    average. The slow critic follows the critic by 5 % in each gradient step.
 
         R_t = r_{t+1} + gamma c_{t+1} R_{t+1},   R_H = v_H of the slow critic
-        gain = (R_0 of the best - R_0 of candidate 0) / |R_0 of candidate 0|
-        w_t = min(1, gain / 0.05) for t < 5, else 0
+        lead = (R_0 of the best - R_0 of candidate 0) / max(|R_0 of candidate 0|, return_floor)
+        w_t = min(1, lead / 0.05) for t < 5, else 0
 
     Args: as of `reinforce`.
     Returns: lessons z_t, a_t, R_t, w_t of the best candidates, (H B, ...); metrics; z_H and sigma_H
@@ -285,13 +286,13 @@ def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     R_0 = returns[0].view(B, M)
     first = torch.arange(B, device=z.device) * M  # candidate 0 of each start
     best = first + R_0.argmax(1)
-    gain = (R_0.amax(1) - R_0[:, 0]) / R_0[:, 0].abs().clamp(min=args.return_floor)
-    w = (gain / 0.05).clamp(max=1.0).repeat(args.horizon, 1)  # (H, B)
+    lead = (R_0.amax(1) - R_0[:, 0]) / R_0[:, 0].abs().clamp(min=args.return_floor)
+    w = (lead / 0.05).clamp(max=1.0).repeat(args.horizon, 1)  # (H, B)
     w[5:] = 0.0
     lessons = {"z": zs[:-1, best], "a": actions[:, best], "R": returns[:, best], "w": w}
     lessons = {name: value.flatten(0, 1) for name, value in lessons.items()}
     metrics = {"return": R_0[:, 0].mean(), "best_return": R_0.amax(1).mean()}
-    metrics |= {"reward": reward.mean(), "gain": gain.clamp(max=1.0).mean()}
+    metrics |= {"reward": reward.mean(), "lead": lead.clamp(max=1.0).mean()}
     ends = torch.where(torch.rand(B, device=z.device) < 0.5, best, first)
     return lessons, metrics, (zs[-1, ends], sigmas[-1, ends])
 
@@ -363,7 +364,9 @@ def main(args):
     modules = {"policy": policy, "adam": adam}
     saved = run.resume(modules)
     begin = saved.get("update", 0)
-    memory = deque(saved.get("memory", []), maxlen=20)
+    memory = deque(maxlen=20)
+    for lessons in saved.get("memory", []):
+        memory.append({name: value.to(device) for name, value in lessons.items()})
 
     def reward_of(z, sigma, action, z_next):
         reward = draw.reward(z_next)
@@ -371,6 +374,7 @@ def main(args):
 
     start_time = time.time()
     ends = saved.get("ends")
+    ends = ends and tuple(value.to(device) for value in ends)
     bar = tqdm(total=args.updates, initial=begin, unit="update", mininterval=1.0)
     for update in range(begin + 1, args.updates + 1):
         set_learning_rate(args, adam, update)
@@ -389,6 +393,7 @@ def main(args):
         if run.interrupted or update % args.save_every == 0 or update == args.updates:
             run.save(update, modules, update=update, ends=ends, memory=list(memory))
     bar.close()
+    run.no_more_saves()
 
     contents = {"args": dataclasses.asdict(args), "sizes": checkpoint["sizes"]}
     contents |= {"policy": deployed.state_dict(), "by_mean": deployed.by_mean}
@@ -516,7 +521,8 @@ def evaluate(args, env_id, policy, most_frames=500):
     """Runs args.eval_episodes whole episodes: returns (episodes,), frames of the first one
     uint8 (T, L, L, C), every second step and at most `most_frames`."""
     envs = evaluation_envs(args, env_id, policy.sizes)
-    returns, frames = [], []
+    returns = []
+    frames = []
     while len(returns) < args.eval_episodes:
         obs, _ = envs.reset(seed=args.seed + 20_000 + len(returns))
         total = np.zeros(envs.num_envs)
