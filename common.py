@@ -374,7 +374,7 @@ class Policy(nn.Module):
     def act(self, image, vector):
         """image uint8 (n, L, L, C), vector (n, V), tensors -> actions (n, A) in [-1, 1]"""
         q = self.posterior(self.encoder(image, vector)).exp()
-        action = self.actor(q).mean if self.by_mean else self.actor(sample_onehot(q)).sample()
+        action = self.actor(q).mean if self.by_mean else self.actor(sample_onehot(q)).rsample()
         return action.clamp(-1, 1)
 
     @torch.no_grad()

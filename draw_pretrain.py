@@ -308,7 +308,8 @@ def imagine(actor, dynamics, z, sigma, horizon):
     sigmas = [sigma]
     actions = []
     for _ in range(horizon):
-        action = actor(z).sample()  # (B, A)
+        # Not sample(), which fails on NaN before a log line can name the cause.
+        action = actor(z).rsample()  # (B, A)
         sigma = softmax(dynamics(z, sigma, action))  # (B, S, K)
         z = sample_onehot(dynamics.prior(sigma))
         zs.append(z)
@@ -550,6 +551,7 @@ def main(args):
     collectors = np.full(args.n_envs, "random", "<U7")  # who acts in each environment
     returns = np.zeros(args.n_envs)  # of the running episodes
     finished = []  # returns of the episodes that ended since the last log line
+    metrics = {}
     policy_metrics = {}
     total = int((args.steps - args.prefill) / args.train_every)
     bar = tqdm(total=args.steps, initial=begin, unit="step", mininterval=1, disable=run.rank > 0)
@@ -559,6 +561,8 @@ def main(args):
         action = noise = held_noise(noise, args.hold, args.gain)
         if step > args.prefill and updates >= args.policy_start:
             action = act(collectors, actors, obs, noise)
+            if not np.isfinite(action).all():
+                run.log(updates, metrics)  # the training diverged: this names the term
         replay.add(
             **obs, action=action, reward=reward, is_first=first, is_last=last, is_terminal=terminal
         )
@@ -610,6 +614,8 @@ def main(args):
         if run.due(step, max(args.steps // 10, 1), args.n_envs):
             pictures(run, draw, ensemble, replay, updates, device)
         if run.interrupted or run.due(step, args.save_every, args.n_envs) or step >= args.steps:
+            if run.interrupted:
+                envs.close()  # its processes end before this one does
             replay.save(replay_dir)
             save_draw(run, args, sizes, modules, updates, replay, device)
             run.save(step, modules | optimizers, rows=replay.added, updates=updates)

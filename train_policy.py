@@ -169,7 +169,8 @@ def imagine(actor, dynamics, z, sigma, horizon):
     sigmas = [sigma]
     actions = []
     for _ in range(horizon):
-        action = actor(z).sample()  # (B, A)
+        # Not sample(), which fails on NaN before a log line can name the cause.
+        action = actor(z).rsample()  # (B, A)
         sigma = softmax(dynamics(z, sigma, action))  # (B, S, K)
         z = sample_onehot(dynamics.prior(sigma))
         zs.append(z)

@@ -240,7 +240,7 @@ def test_search(noise):
     z = sigma.roll(1, 0)  # probabilities
     torch.manual_seed(2)
     lessons, metrics, ends = train_policy.search(
-        args, draw, rectified, policy, z, sigma, lambda *now: draw.reward(now[-1])
+        args, draw, rectified, policy, z, sigma, torch.ones(B), lambda *now: draw.reward(now[-1])
     )
     # The noise once more
     torch.manual_seed(2)
