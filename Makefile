@@ -70,7 +70,7 @@ demo: .venv/installed
 	@$(MAKE) --no-print-directory -j2 $(RUNS)/source-policy/done $(RUNS)/adapted-policy/done
 	$(PY) docs/figures/demo.py --runs $(RUNS) --source $(SOURCE) --target $(TARGET)
 scratch:
-	@echo "On two cores the pendulum takes about half an hour, another pair longer: docs/results.md"
+	@echo "On two cores the pendulum takes about an hour, another pair longer: docs/results.md"
 	@$(MAKE) --no-print-directory demo
 # 1. the world model, in the source
 $(RUNS)/source/done: | .venv/installed
