@@ -200,3 +200,11 @@ def test_a_run_that_was_killed_before_its_first_save_starts_when_it_resumes(file
     (tmp_path / "run" / "policy.pt").unlink()
     call(train_policy, *flags, "--resume")
     assert (tmp_path / "run" / "metrics.csv").read_text() == whole
+
+
+def test_a_recording_in_pieces_is_refused_with_the_share():
+    """As jitter makes it: 40 of 100 rows lie in a sequence that is long enough."""
+    is_first = np.arange(100) % 5 == 0
+    is_first[1:40] = False
+    with user_error("only 40%", "--length 8"):
+        redraw_adapt.split_episodes(is_first, redraw_adapt.Args("draw.pt", length=8))
