@@ -124,6 +124,8 @@ def actor_file(env_id):
 
 
 def load_arrays(env_id):
+    if not actor_file(env_id).exists():
+        raise SystemExit(f"error: no expert of {env_id} was trained; `train --pair ...` makes one")
     with np.load(actor_file(env_id), allow_pickle=False) as file:
         return dict(file)
 
