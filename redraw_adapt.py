@@ -144,13 +144,15 @@ def residual_loss(draw, rectified, log_q, z, action, is_first):
     z_prev, a_prev, first = draw.previous(z, action, is_first)
     if rectified.inputs == "za":
         # delta sees no belief, so one call gives e of all steps.
-        e = rectified.residual(z_prev, a_prev)  # (B, T, S, K)
-        _, base = unroll(draw, rectified, z_prev, a_prev, first, e)
+        e = rectified.residuals(z_prev, a_prev)  # (members, B, T, S, K)
+        _, base = unroll(draw, rectified, z_prev, a_prev, first, e.mean(0))
     else:
         sigma_prev, base = unroll(draw, rectified, z_prev, a_prev, first)
-        e = rectified.residual(z_prev, a_prev, sigma_prev, base)  # (B, T, S, K)
-    u = base + e  # (B, T, S, K), has a gradient through e alone
-    return kl_categorical(log_q.detach(), rectified.log_prior(u)) * ~first, ~first
+        e = rectified.residuals(z_prev, a_prev, sigma_prev, base)  # (members, B, T, S, K)
+    u = base + e  # (members, B, T, S, K), has a gradient through e alone
+    # Each member by itself predicts q; the belief is that of their mean.
+    kl = kl_categorical(log_q.detach(), rectified.log_prior(u)).mean(0)
+    return kl * ~first, ~first
 
 
 @torch.no_grad()

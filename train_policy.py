@@ -50,10 +50,12 @@ from common import (
     check_range,
     check_sizes,
     explained,
+    kl_categorical,
     load_checkpoint,
     load_dataset,
     load_draw,
     load_rectified,
+    log_softmax,
     make_envs,
     prepare,
     sample_onehot,
@@ -101,6 +103,7 @@ class Args:
     critic_lr: float = 3e-5
     decay: bool = False  # the learning rate falls to zero along a cosine: a run ends settled
     return_floor: float = 1.0  # least scale of returns; smaller: small rewards count more
+    pessimism: float = 0.0  # larger: rewards shrink more where --members of stage 2 disagree
     warm_start: Literal["none", "critic", "both"] = "none"  # begin with stage 1's critic and actor
 
     # How actor and critic learn
@@ -298,6 +301,16 @@ def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     return lessons, metrics, (zs[-1, ends], sigmas[-1, ends])
 
 
+def doubt(rectified, z, sigma, action):
+    """How far the members of a Rectified disagree about the next state: KL of each one's prior from
+    their mean prior, in nats, averaged over members; (...) from z, sigma (..., S, K).
+
+    Not in the paper. Ensembles that lower rewards where they disagree: MOPO, arXiv 2005.13239."""
+    base = rectified.base(z, sigma, action)
+    log_p = log_softmax(base + rectified.residuals(z, action, sigma, base))  # (members, ..., S, K)
+    return kl_categorical(log_p, log_p.exp().mean(0).log()).mean(0)
+
+
 def lesson_loss(policy, z, a, R, w):
     """w_t (mean of pi(z_t) - a_t)^2 - log p(R_t), mean of (n,); the arguments are lessons."""
     error = ((policy.actor(z).mean - a) ** 2).sum(-1)
@@ -350,6 +363,8 @@ def main(args):
     checkpoint = load_checkpoint(args.checkpoint, ("draw_pretrain", "redraw_adapt"), device)
     draw = load_draw(checkpoint, device)
     rectified = load_rectified(checkpoint, draw, device)
+    if args.pessimism and len(rectified.delta) < 2:
+        raise UserError(f"--pessimism needs a residual of 2 --members, not {args.checkpoint}")
     dataset = load_dataset(args.dataset, draw.sizes, args.dataset_rows, args.actions_lead)
     if len(dataset["is_first"]) < args.length:
         raise UserError(f"{args.dataset} holds fewer rows than --length {args.length}")
@@ -371,7 +386,10 @@ def main(args):
 
     def reward_of(z, sigma, action, z_next):
         reward = draw.reward(z_next)
-        return torch.where(reward.abs() < args.least_reward, 0.0, reward)
+        reward = torch.where(reward.abs() < args.least_reward, 0.0, reward)
+        if args.pessimism:
+            reward = reward - args.pessimism * doubt(rectified, z, sigma, action)
+        return reward
 
     start_time = time.time()
     ends = saved.get("ends")
@@ -415,7 +433,7 @@ def check(args):
     check_range(args, 1, args.batch * args.length, "starts")
     check_range(args, 2, 65536, "eval_episodes")  # an interval needs two
     check_range(args, 2, 10**12, "dataset_rows")
-    check_range(args, 0, 10**9, "entropy", "eval_every", "least_reward")
+    check_range(args, 0, 10**9, "entropy", "eval_every", "least_reward", "pessimism")
     check_range(args, 2, 1000, "candidates")
     check_range(args, 1, 1000, "lesson_steps")
     check_range(args, 0, 1, "actor_lr", "critic_lr", "rewarded", "restart", "gamma", "lam")

@@ -245,17 +245,20 @@ the belief of the source in the loss
 -u = base + e[:, t]
 +u = base
 free bits on the residual
--rectified.log_prior(u)) * ~first, ~first
-+rectified.log_prior(u)).clamp(min=1.0) * ~first, ~first
+-rectified.log_prior(u)).mean(0)
++rectified.log_prior(u)).clamp(min=1.0).mean(0)
 adaptation KL the other way round
--return kl_categorical(log_q.detach(), rectified.log_prior(u)) * ~first, ~first
-+return kl_categorical(rectified.log_prior(u), log_q.detach()) * ~first, ~first
+-kl = kl_categorical(log_q.detach(), rectified.log_prior(u)).mean(0)
++kl = kl_categorical(rectified.log_prior(u), log_q.detach().expand_as(u)).mean(0)
+members share the KL of their mean
+-u = base + e  # (members
++u = (base + e).mean(0, keepdim=True)  # (members
 the residual's belief goes on over a border
 -        sigma = torch.where(first[:, t, None, None], sigma0, sigma)
 +        pass
 the first step is learned
--return kl_categorical(log_q.detach(), rectified.log_prior(u)) * ~first, ~first
-+return kl_categorical(log_q.detach(), rectified.log_prior(u)), ~first
+-return kl * ~first, ~first
++return kl, ~first
 fine-tuning without its free nat
 -return 1.5 * kl.clamp(min=1.0) * ~first, ~first
 +return 1.5 * kl * ~first, ~first
@@ -312,6 +315,13 @@ baseline one step late
 return range of stage 3 forgets
 -0.99 * policy.range + 0.01 * (high - low)
 +0.01 * policy.range + 0.99 * (high - low)
+
+doubt is rewarded
+-reward = reward - args.pessimism
++reward = reward + args.pessimism
+doubt of the states before the residual
+-log_p = log_softmax(base + rectified.residuals(z, action, sigma, base))
++log_p = log_softmax(rectified.residuals(z, action, sigma, base))
 
 == train_policy.py | method/test_oracles_policy.py -k search or lesson
 the worst candidate teaches
