@@ -163,19 +163,22 @@ PRESETS = {
 # ---- Policies in imagination ---------------------------------------------------------------------
 
 
-def imagine(actor, dynamics, z, sigma, horizon):
-    """Sampled trajectories of the actor and the dynamics from z, sigma (B, S, K).
+def imagine(actor, dynamics, z, sigma, horizon, noise=None):
+    """Trajectories of the actor and the dynamics from z, sigma (B, S, K): samples, or with noise
+    (horizon, B, A), which is added to the actor's mean, z_t is the prior p(z_t | ...) itself.
 
     Returns: z_0 .. z_H and sigma_0 .. sigma_H (H+1, B, S, K), a_0 .. a_{H-1} (H, B, A).
     """
     zs = [z]
     sigmas = [sigma]
     actions = []
-    for _ in range(horizon):
+    for t in range(horizon):
+        pi = actor(z)
         # Not sample(), which fails on NaN before a log line can name the cause.
-        action = actor(z).rsample()  # (B, A)
+        action = pi.rsample() if noise is None else (pi.mean + noise[t]).clamp(-1.0, 1.0)  # (B, A)
         sigma = softmax(dynamics(z, sigma, action))  # (B, S, K)
-        z = sample_onehot(dynamics.prior(sigma))
+        prior = dynamics.prior(sigma)
+        z = sample_onehot(prior) if noise is None else prior
         zs.append(z)
         sigmas.append(sigma)
         actions.append(action)
@@ -264,24 +267,13 @@ def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     z = z.repeat_interleave(M, 0)  # (B M, S, K)
     sigma = sigma.repeat_interleave(M, 0)
     deviation = torch.cat([torch.zeros(1), torch.linspace(0.3, 1.0, M - 1)]).to(z.device)
-    deviation = deviation.repeat(B)[:, None]  # (B M, 1)
-    noise = torch.randn(B * M, draw.sizes.action_size, device=z.device)
-    zs = [z]
-    sigmas = [sigma]
-    actions = []
-    for _ in range(args.horizon):
-        renewed = torch.rand(B * M, 1, device=z.device) < 1 / 8
-        noise = torch.where(renewed, torch.randn_like(noise), noise)
-        action = (policy.actor(z).mean + deviation * noise).clamp(-1.0, 1.0)
-        sigma = softmax(dynamics(z, sigma, action))
-        z = dynamics.prior(sigma)
-        zs.append(z)
-        sigmas.append(sigma)
-        actions.append(action)
-    zs = torch.stack(zs)  # (H+1, B M, S, K)
-    sigmas = torch.stack(sigmas)
-    actions = torch.stack(actions)  # (H, B M, A)
-    alive = alive.repeat_interleave(M)  # (B M,), nothing follows a terminal start
+    noise = torch.randn(args.horizon, B * M, draw.sizes.action_size, device=z.device)
+    for t in range(1, args.horizon):
+        lasts = torch.rand(B * M, 1, device=z.device) >= 1 / 8
+        noise[t] = torch.where(lasts, noise[t - 1], noise[t])
+    noise *= deviation.repeat(B)[:, None]
+    zs, sigmas, actions = imagine(policy.actor, dynamics, z, sigma, args.horizon, noise)
+    alive = alive.repeat_interleave(M)  # (B M,), 0 or 1: nothing follows a terminal start
     reward = alive * reward_of(zs[:-1], sigmas[:-1], actions, zs[1:])  # (H, B M)
     discount = alive * args.gamma * draw.cont(zs[1:])
     value = twohot_mean(policy.slow_critic(zs))  # (H+1, B M)

@@ -256,11 +256,11 @@ def test_search(noise):
     )
     # The noise once more
     torch.manual_seed(2)
-    held = torch.randn(B * M, 1)
-    pushes = []
-    for _ in range(H):
-        renewed = torch.rand(B * M, 1) < 1 / 8
-        held = torch.where(renewed, torch.randn_like(held), held)
+    fresh = torch.randn(H, B * M, 1)
+    held = fresh[0]
+    pushes = [double(held)]
+    for t in range(1, H):
+        held = torch.where(torch.rand(B * M, 1) < 1 / 8, fresh[t], held)
         pushes.append(double(held))
     world, nets = slow_world(draw, rectified, smooth=True), nets_of(policy)
     deviation = [0.0, *np.linspace(0.3, 1.0, M - 1)]
