@@ -70,14 +70,14 @@ class Args:
     compile: bool = False  # torch.compile of the loss; the first update then takes minutes
 
     # Data of yours
-    dataset: str | None = None  # a .npz file or a folder of them; else --target-env-id is recorded
+    dataset: str | None = None  # a .npz file or a folder of them
     dataset_rows: int | None = None  # use the newest so many rows; the rest is not read
     actions_lead: bool = False  # row t holds the action that LED to it (DreamerV2, V-D4RL)
     holdout: float = 0.1  # share of the episodes kept out of training; with 0 best.pt is the last
 
-    # Recording, where the target is a simulator
+    # Recording, where the target is a simulator; rows of --dataset, if it is given, come first
     target_env_id: str | None = None  # a Gymnasium id or module:id
-    collect_steps: int = 40_000  # rows of the dataset
+    collect_steps: int = 40_000  # rows to record
     collect_policy: str = "zero-shot"  # the source's task policy; random, explore, or a policy.pt
     collect_noise: float = 0.0  # share of the steps that act at random; larger: more states seen
     hold: float = 8.0  # a random action lasts so many steps on average; larger: farther swings
@@ -221,17 +221,24 @@ def main(args):
 
     # Mistakes in flags and data are found before the folder is made.
     folder = args.run_dir or f"runs/adapt-{args.method}-{args.seed}"
-    path = Path(args.dataset or f"{folder}/dataset.npz")
-    recording = args.dataset is None and not (args.resume and path.exists())
+    path = Path(folder) / "dataset.npz"
+    recorded_before = args.resume and path.exists()
+    recording = args.target_env_id is not None and not recorded_before
+    if recording and args.dataset and Path(args.dataset).resolve() == path.resolve():
+        raise UserError(f"{path} would be replaced; choose another --run-dir")
+    dataset = None
+    if args.target_env_id and recorded_before:
+        dataset = load_dataset(path, draw.sizes)
+    elif args.dataset:
+        dataset = load_dataset(args.dataset, draw.sizes, args.dataset_rows, args.actions_lead)
     if recording:
         envs, policy = open_target(args, checkpoint, draw)
     else:
-        dataset = load_dataset(path, draw.sizes, args.dataset_rows, args.actions_lead)
         rows = split_episodes(dataset["is_first"], args)
     run = Run(folder, args, [file for file in (args.checkpoint, args.dataset) if file])
     if recording:
         path.unlink(missing_ok=True)  # an older run's, which --resume must not take
-        dataset = collect(args, envs, policy)
+        dataset = joined(dataset, collect(args, envs, policy))
         save_dataset(path, dataset)
         rows = split_episodes(dataset["is_first"], args)
     data = encode(draw, dataset, device)  # each frame once; no update touches an image
@@ -299,12 +306,12 @@ def main(args):
 
 def check(args):
     """Raises UserError for a flag that makes no sense."""
-    if (args.dataset is None) == (args.target_env_id is None):
-        raise UserError("give --dataset, or --target-env-id to record one, not both")
-    if args.dataset is None:  # enough for two parts of each environment's rows
+    if args.dataset is None and args.target_env_id is None:
+        raise UserError("give --dataset, or --target-env-id to record one, or both")
+    if args.target_env_id:  # enough for two parts of each environment's rows
         check_range(args, 2 * args.n_envs * args.length, 10**12, "collect_steps")
-        if args.dataset_rows or args.actions_lead:
-            raise UserError("--dataset-rows and --actions-lead need a --dataset")
+    if args.dataset is None and (args.dataset_rows or args.actions_lead):
+        raise UserError("--dataset-rows and --actions-lead need a --dataset")
     check_range(args, 1e-9, 10**9, "gain")
     check_range(args, 1, 10**12, "hold", "episode_steps", "log_every", "save_every")
     check_range(args, 1e-9, 1, "lr", "finetune_lr")
@@ -376,6 +383,13 @@ def collect(args, envs, policy):
         episode = episode + first
     envs.close()
     return {key: np.concatenate(np.stack([row[key] for row in rows], 1)) for key in rows[0]}
+
+
+def joined(dataset, new):
+    """The rows of a dataset, or of none, and then the new ones"""
+    if dataset is None:
+        return new
+    return {key: np.concatenate([dataset[key], value]) for key, value in new.items()}
 
 
 @torch.no_grad()

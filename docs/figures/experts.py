@@ -85,15 +85,17 @@ class TrueState(gym.Wrapper):
 # ---- Controllers: functions from the true state to an action in [-1, 1] ------------------------
 
 
-def energy_shaping(state):
-    """The pendulum: state (cos, sin, speed) of the angle from the top -> torque (1,) in N·m."""
+def energy_shaping(state, gravity=1.0, mass=1.0):
+    """The pendulum: state (cos, sin, speed) of the angle from the top -> torque (1,) in N·m.
+
+    gravity, the torque of weight, and mass are relative to the task's own."""
     cos, sin, speed = state
     balance = -20.0 * np.arctan2(sin, cos) - 3.0 * speed
     if cos > 0.9 and abs(balance) < 5.0:
         return np.clip([balance], -1.0, 1.0)
     # The energy at rest at the top, and a little more for what friction takes on the way.
-    wanted = WEIGHT + 0.3
-    energy = 0.5 * INERTIA * speed**2 + WEIGHT * cos
+    wanted = gravity * WEIGHT + 0.3
+    energy = 0.5 * mass * INERTIA * speed**2 + gravity * WEIGHT * cos
     direction = 1.0 if speed >= 0.0 else -1.0
     return np.clip([10.0 * direction * (wanted - energy)], -1.0, 1.0)
 

@@ -10,80 +10,106 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+import numpy as np
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+PRETRAINED = ROOT / "docs" / "pretrained"
+PAIRS = {
+    "pendulum": ("redraw/PendulumSwingup-v0", "redraw/PendulumSwingupReversed-v0"),
+    "cup": ("redraw/BallInCupCatch-v0", "redraw/BallInCupCatchWindy-v0"),
+    "finger": ("redraw/FingerTurnHard-v0", "redraw/FingerTurnHardTorque-v0"),
+    "reacher": ("redraw/ReacherEasy-v0", "redraw/ReacherEasyReversed-v0"),
+}
 # Okabe and Ito's colours, which the colour-blind can tell apart too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 @dataclass
-class Job:
-    """One line of the csv.
+class Stage:
+    """A script to run: `command` are its name and flags, `finished` the last file that it writes"""
 
-    key: its first columns; folder: of its runs; stages: [script, flag, ...] in order, a stage is
-    skipped whose "--run-dir" holds the file that says it is finished; result() -> its other columns
-    """
+    command: list
+    finished: Path
+
+
+@dataclass
+class Job:
+    """One line of a csv: `key`, its first columns; `stages` in order; result() -> further columns,
+    from what they wrote."""
 
     key: dict
     stages: list
-    result: object
+    result: Callable
 
 
-def stage(script, *flags, **options):
-    """[script, flags], e.g. stage("train_policy.py", "laptop", seed=1) -> ... --seed 1"""
-    given = []
-    for name, value in options.items():
-        values = value if isinstance(value, list) else [value]
-        given += ["--" + name.replace("_", "-"), *map(str, values)]
-    return [script, *flags, *given]
+def adapt(folder, checkpoint, *flags):
+    """Stage 2 with the laptop preset into `folder`"""
+    command = ["redraw_adapt.py", "laptop", "--checkpoint", checkpoint, "--run-dir", folder]
+    return Stage([*command, "--resume", *flags], Path(folder) / "curves.png")
 
 
-FINISHED = {
-    "draw_pretrain.py": "curves.png",
-    "redraw_adapt.py": "curves.png",
-    "train_policy.py": "curves.png",
-}
+def train(folder, checkpoint, dataset, env_id, *flags):
+    """Stage 3 with the laptop preset into `folder`, evaluated in `env_id`"""
+    command = ["train_policy.py", "laptop", "--checkpoint", checkpoint, "--dataset", dataset]
+    command += ["--run-dir", folder, "--eval-env-ids", env_id, "--resume"]
+    return Stage([*command, *flags], Path(folder) / "curves.png")
 
 
-def run_stage(command):
-    """Runs a stage, unless it is finished; its words go to RUN_DIR.log. Raises RuntimeError."""
-    folder = Path(command[command.index("--run-dir") + 1])
-    if (folder / FINISHED[command[0]]).exists():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.log", "w") as log:
-        full = [sys.executable, str(ROOT / command[0]), *command[1:], "--resume"]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        code = subprocess.run(full, stdout=log, stderr=log, env=env, cwd=ROOT).returncode
-    if code:
-        last = Path(f"{folder}.log").read_text().strip().splitlines()[-1:]
-        raise RuntimeError(f"{command[0]} ended with {code}: {' '.join(last)}; see {folder}.log")
+def record_expert(out, env_id, rows, *flags):
+    """Data of the best known controller, a third of the time disturbed, at the shipped models' 32
+    pixels"""
+    command = ["docs/figures/experts.py", "record", "--env-id", env_id, "--out", out]
+    command += ["--rows", rows, "--noise", 0.3, "--image-size", 32]
+    return Stage([*command, *flags], Path(out))
+
+
+def run_stage(stage, locks, guard):
+    """Runs a stage that is not finished; jobs may share it. Raises RuntimeError if it fails."""
+    with guard:
+        lock = locks.setdefault(stage.finished, Lock())
+    with lock:
+        if stage.finished.exists():
+            return
+        folder = stage.finished.parent
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log = folder.with_name(folder.name + ".log")
+        command = [sys.executable, *map(str, stage.command)]
+        with open(log, "a") as file:
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            env["PYTHONPATH"] = f"{HERE}:{env.get('PYTHONPATH', '')}"
+            done = subprocess.run(command, stdout=file, stderr=file, env=env, cwd=ROOT)
+        if done.returncode:
+            last = log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise RuntimeError(f"{stage.command[0]} failed: {' '.join(last)}; see {log}")
 
 
 def run_all(path, jobs, at_once=2):
-    """Runs the jobs that `path`, a csv, has no line of. Says how long is left."""
+    """Runs the jobs that `path`, a csv, has no line of, `at_once` side by side. Says how long is
+    left."""
     done = [tuple(row.values())[: len(jobs[0].key)] for row in read(path)]
     todo = [job for job in jobs if tuple(map(str, job.key.values())) not in done]
     print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done, {len(todo)} to go", flush=True)
-    lock = Lock()
+    guard = Lock()
+    locks = {}
     begun = time.time()
-    finished = 0
+    finished = []
 
     def run(job):
-        nonlocal finished
-        for command in job.stages:
-            run_stage(command)
-        with lock:
+        for stage in job.stages:
+            run_stage(stage, locks, guard)
+        with guard:
             append(path, job.key | job.result())
-            finished += 1
-            left = (time.time() - begun) / finished * (len(todo) - finished) / 60
+            finished.append(job)
+            left = (time.time() - begun) / len(finished) * (len(todo) - len(finished)) / 60
             name = " ".join(map(str, job.key.values()))
-            print(f"{finished} of {len(todo)}: {name}; about {left:.0f} min left", flush=True)
+            print(f"{len(finished)} of {len(todo)}: {name}; some {left:.0f} min left", flush=True)
 
     with ThreadPoolExecutor(at_once) as pool:
         for future in [pool.submit(run, job) for job in todo]:
@@ -91,7 +117,7 @@ def run_all(path, jobs, at_once=2):
 
 
 def read(path):
-    """The lines of a csv, as dicts"""
+    """The lines of a csv as dicts, none if there is no such file"""
     if not path.exists():
         return []
     with open(path, newline="") as file:
@@ -107,15 +133,45 @@ def append(path, row):
         writer.writerow(row)
 
 
-def returns(run_dir, env_id):
-    """{"return", "ci95"} of a finished train_policy.py"""
-    figures = json.loads((Path(run_dir) / "eval.json").read_text())[env_id]
-    return {"return": round(figures["mean"], 1), "ci95": round(figures["ci95"], 1)}
+def measured(policy, env_id, adapted=None):
+    """{"return", "ci95"} of a finished stage 3, and of stage 2 the held-out KL at its end"""
+    result = json.loads((Path(policy) / "eval.json").read_text())[env_id]
+    row = {"return": round(result["mean"], 1), "ci95": round(result["ci95"], 1)}
+    if adapted is not None:
+        lines = read(Path(adapted) / "metrics.csv")
+        kl = [line["value"] for line in lines if line["metric"] == "adapt/kl_held-out"]
+        row["kl"] = round(float(kl[-1]), 3)
+    return row
 
 
 def yardstick(env_id, best):
-    """Mean return of the best known controller or of random actions, from experts.csv"""
+    """Mean return of the best known controller or, unless `best`, of random actions"""
     for row in read(HERE / "experts.csv"):
         if row["env_id"] == env_id and (row["controller"] != "random") == best:
             return float(row["mean"])
     return None
+
+
+def mean_and_range(rows, column):
+    """Mean, least and largest value of a column over rows (of several seeds)"""
+    values = np.array([float(row[column]) for row in rows])
+    return values.mean(), values.min(), values.max()
+
+
+def new_figure(columns, rows=1):
+    """A light figure, readable at half its size, and its axes, (rows, columns)"""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained", facecolor="white")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    return figure, axes
+
+
+def draw_yardsticks(ax, env_id):
+    for best, name in ((True, "best known"), (False, "random actions")):
+        value = yardstick(env_id, best)
+        if value is not None:
+            ax.axhline(value, color="#555555", linestyle="--" if best else ":", label=name)

@@ -262,7 +262,6 @@ FLAGS = [
             ("--lr inf", "--lr"),
             ("--dataset {F}/nowhere.npz", "nowhere.npz"),
             ("--checkpoint {F}/adapted.pt", "redraw_adapt.py", "draw_pretrain.py"),
-            ("--target-env-id toy_env:Toy-v0", "--dataset", "--target-env-id"),  # both
             ("--method magic",),
         )
     ),

@@ -195,6 +195,26 @@ def test_runs_repeat_with_their_seed(tmp_path):
     assert torch.equal(first, again) and not torch.allclose(first, other)
 
 
+def test_recording_adds_to_a_dataset(files, tmp_path):
+    """In rounds: what was recorded before comes first, and --resume does not record again."""
+    given = f"--checkpoint {files}/draw.pt --target-env-id {TOY[1]} --updates 1"
+    call(redraw_adapt, *ADAPT, f"{given} --run-dir {tmp_path}/one")
+    old = dict(np.load(tmp_path / "one/dataset.npz"))
+    n = len(old["action"])
+    again = [*ADAPT, f"{given} --dataset {tmp_path}/one/dataset.npz"]
+    call(redraw_adapt, *again, f"--run-dir {tmp_path}/two --seed 2")
+    both = dict(np.load(tmp_path / "two/dataset.npz"))
+    assert len(both["action"]) == 2 * n and both["is_first"][n]
+    assert all((both[key][:n] == old[key]).all() for key in old)
+    assert (both["action"][n:] != old["action"]).any()
+    written = (tmp_path / "two/dataset.npz").stat().st_mtime_ns
+    call(redraw_adapt, *again, f"--run-dir {tmp_path}/two --seed 2 --resume")
+    assert (tmp_path / "two/dataset.npz").stat().st_mtime_ns == written
+    with user_error("another --run-dir"):
+        call(redraw_adapt, *again, f"--run-dir {tmp_path}/one --overwrite")
+    assert len(np.load(tmp_path / "one/dataset.npz")["action"]) == n
+
+
 @pytest.mark.parametrize("policy", ["random", "explore", "a checkpoint"])
 def test_policies_that_collect(files, tmp_path, policy):
     draw = f"--checkpoint {files}/draw.pt"

@@ -1,0 +1,197 @@
+"""Figure 3: how large a change of dynamics can a small residual carry? On the pendulum.
+
+    python docs/figures/capacity.py --changes Reversed gravity delay --hidden 16 256
+
+changes the target's physics in seven ways, each at up to three strengths, and fits residuals of
+several sizes to 10,000 rows. Writes capacity.csv and capacity.png beside this file; --draw-only
+draws from the csv alone.
+
+This file is also the module of these environments, e.g. `capacity:redraw/Pendulum-gravity-1.3-v0`.
+"""
+
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from experts import energy_shaping, true_state  # noqa: E402
+from jobs import (  # noqa: E402
+    HERE,
+    PRETRAINED,
+    Job,
+    adapt,
+    mean_and_range,
+    measured,
+    new_figure,
+    read,
+    record_expert,
+    run_all,
+    train,
+)
+
+from common import DMCEnv, load_checkpoint  # noqa: E402
+
+# What is changed, and the strengths; "gain" multiplies torques, "push" is a constant one in N m.
+CHANGES = {
+    "Reversed": (-1.0,),
+    "gravity": (0.7, 1.3, 1.6),
+    "mass": (0.5, 1.25, 1.5),
+    "damping": (0.2, 1.5, 2.0),
+    "gain": (0.8, 1.5, 2.0),
+    "push": (0.1, 0.2, 0.3),
+    "delay": (1.0, 2.0, 3.0),
+}
+SIZES = {"16": (16, 1), "64": (64, 1), "256": (256, 1), "1024": (1024, 1), "256x2": (256, 2)}
+CSV = HERE / "capacity.csv"
+
+
+class ChangedPendulum(DMCEnv):
+    """PendulumSwingup with other physics; see CHANGES."""
+
+    def __init__(self, change, strength, **kwargs):
+        super().__init__("pendulum", "swingup", **kwargs)
+        model = self.physics.model
+        self.gain = strength if change in ("gain", "Reversed") else 1.0
+        self.push = strength if change == "push" else 0.0
+        self.waiting = deque([np.zeros(1)] * (int(strength) if change == "delay" else 0))
+        if change == "gravity":
+            model.opt.gravity[:] *= strength
+        if change == "mass":
+            model.body_mass[:] *= strength
+            model.body_inertia[:] *= strength
+        if change == "damping":
+            model.dof_damping[:] *= strength
+
+    def reset(self, **kwargs):
+        self.waiting = deque([np.zeros(1)] * len(self.waiting))
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        self.waiting.append(np.clip(np.asarray(action, np.float64), -1.0, 1.0))
+        self.physics.named.data.xfrc_applied["pole", 4] = self.push
+        return super().step(self.gain * self.waiting.popleft())
+
+
+def env_id_of(change, strength):
+    return f"capacity:redraw/Pendulum-{change}-{abs(strength):g}-v0"
+
+
+for change, strengths in CHANGES.items():
+    for strength in strengths:
+        gym.register(
+            env_id_of(change, strength).removeprefix("capacity:"),
+            "capacity:ChangedPendulum",
+            kwargs={"change": change, "strength": strength},
+            max_episode_steps=500,
+            disable_env_checker=True,
+        )
+
+
+def best_known(change, strength, episodes=40):
+    """Mean return of energy shaping that knows the changed physics, but for a delay"""
+    heavier = strength if change == "mass" else 1.0
+    weight = heavier * (strength if change == "gravity" else 1.0)
+    gain = strength if change in ("gain", "Reversed") else 1.0
+    push = strength if change == "push" else 0.0
+    env = gym.make(env_id_of(change, strength), image_size=32)
+    env.unwrapped.render = lambda: np.zeros((32, 32, 3), np.uint8)
+    returns = []
+    for episode in range(episodes):
+        env.reset(seed=episode)
+        total = 0.0
+        last = False
+        while not last:
+            torque = energy_shaping(true_state(env), weight, heavier)
+            _, reward, _, last, _ = env.step((torque - push) / gain)
+            total += reward
+        returns.append(total)
+    return round(float(np.mean(returns)), 1)
+
+
+def job(change, strength, size, seed, runs):
+    target = env_id_of(change, strength)
+    folder = runs / "capacity" / f"{change}-{abs(strength):g}"
+    data = folder / f"expert-{seed}.npz"
+    adapted = folder / f"{size}-{seed}-adapted"
+    policy = folder / f"{size}-{seed}-policy"
+    model = PRETRAINED / "pendulum.pt"
+    hidden, layers = SIZES[size]
+    given = ("--dataset", data, "--hidden", hidden, "--layers", layers, "--seed", seed)
+    stages = [
+        record_expert(data, target, 10_000, "--seed", 1000 * seed),
+        adapt(adapted, model, *given),
+        train(policy, adapted / "best.pt", data, target, "--seed", seed),
+    ]
+    key = {"change": change, "strength": strength, "size": size, "seed": seed}
+
+    def result():
+        home = load_checkpoint(model, ("draw_pretrain",))["source_range"]["kl"]
+        row = measured(policy, target, adapted)
+        best = best_known(change, strength)
+        return row | {"kl_over_home": round(row["kl"] / home, 3), "best_known": best}
+
+    return Job(key, stages, result)
+
+
+def draw():
+    """Two maps, changes downwards, sizes of the residual to the right: return as a share of the
+    best known, and held-out KL over the source's own"""
+    rows = read(CSV)
+    names = [f"{change} {s:g}" for change, strengths in CHANGES.items() for s in strengths]
+    maps = np.full((2, len(names), len(SIZES)), np.nan)
+    for y, name in enumerate(names):
+        for x, size in enumerate(SIZES):
+            found = [r for r in rows if f"{r['change']} {float(r['strength']):g}" == name]
+            found = [r for r in found if r["size"] == size]
+            if found:
+                share = [float(r["return"]) / float(r["best_known"]) for r in found]
+                maps[:, y, x] = np.mean(share), mean_and_range(found, "kl_over_home")[0]
+    figure, axes = new_figure(2, rows=2)
+    titles = ("return / best known", "held-out KL / the source's own")
+    for ax, values, title in zip(axes[0], maps, titles, strict=True):
+        ax.grid(False)
+        ax.imshow(values, aspect="auto", cmap="cividis")
+        ax.set(title=title, xticks=range(len(SIZES)), xticklabels=SIZES, xlabel="hidden units")
+        ax.set(yticks=range(len(names)), yticklabels=names)
+        for (y, x), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                ax.text(x, y, f"{value:.2f}", ha="center", va="center", color="white", fontsize=6)
+    for ax in axes[1]:
+        ax.remove()
+    figure.savefig(HERE / "capacity.png", dpi=110)
+
+
+def main(
+    changes: tuple[str, ...] = tuple(CHANGES),
+    hidden: tuple[Literal["16", "64", "256", "1024", "256x2"], ...] = tuple(SIZES),
+    seeds: tuple[int, ...] = (1,),
+    runs: Path = Path("runs"),
+    draw_only: bool = False,
+):
+    """Args:
+    changes: of the physics, each at its strengths
+    hidden: sizes of the residual, hidden units (x layers)
+    seeds: of data, residual and policy
+    runs: folder of the runs
+    draw_only: run nothing
+    """
+    jobs = [
+        job(change, strength, size, seed, runs.resolve())
+        for seed in seeds
+        for size in hidden
+        for change in changes
+        for strength in CHANGES[change]
+    ]
+    if not draw_only:
+        run_all(CSV, jobs)
+    draw()
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,117 @@
+"""Figure 1: the residual against its baselines, over the updates of stage 2.
+
+    python docs/figures/methods.py --pairs pendulum --seeds 1 2 3
+
+adapts the shipped world model of each pair to 10,000 rows of the target with each method and budget
+of updates, trains a policy in the result, always with the same budget, and evaluates it in the
+target. Writes methods.csv and methods.png beside this file; --draw draws from the csv alone.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from jobs import (
+    COLOURS,
+    HERE,
+    PAIRS,
+    PRETRAINED,
+    Job,
+    adapt,
+    draw_yardsticks,
+    mean_and_range,
+    measured,
+    new_figure,
+    read,
+    record_expert,
+    run_all,
+    train,
+)
+
+METHODS = ("residual", "replace", "finetune", "none")
+CSV = HERE / "methods.csv"
+
+
+def job(pair, method, updates, seed, runs):
+    _, target = PAIRS[pair]
+    model = PRETRAINED / f"{pair}.pt"
+    folder = runs / "methods" / pair
+    data = folder / f"expert-{seed}.npz"
+    name = f"{method}-{updates}-{seed}"
+    adapted = folder / f"{name}-adapted"
+    policy = folder / f"{name}-policy"
+    # A baseline as its authors have it: a finetuned model's policy starts from the source's.
+    warm = "both" if method == "finetune" else "none"
+    stages = [
+        record_expert(data, target, 10_000, "--seed", 1000 * seed),
+        adapt(
+            adapted, model, "--dataset", data, "--method", method,
+            "--updates", updates, "--seed", seed,
+        ),
+        train(
+            policy, adapted / "last.pt", data, target,
+            "--warm-start", warm, "--seed", seed,
+        ),
+    ]  # fmt: skip
+    key = {"pair": pair, "method": method, "updates": updates, "seed": seed}
+    return Job(key, stages, lambda: measured(policy, target, adapted))
+
+
+def draw(pairs):
+    """Above returns, below the KL; a line a method, the range over seeds as its band"""
+    figure, axes = new_figure(len(pairs), rows=2)
+    for column, pair in enumerate(pairs):
+        for method, colour in zip(METHODS, COLOURS, strict=False):
+            rows = [r for r in read(CSV) if r["pair"] == pair and r["method"] == method]
+            budgets = sorted({int(r["updates"]) for r in rows})
+            for ax, quantity in zip(axes[:, column], ("return", "kl"), strict=True):
+                found = [
+                    mean_and_range([r for r in rows if int(r["updates"]) == n], quantity)
+                    for n in budgets
+                ]
+                if not found:
+                    continue
+                mean, low, high = zip(*found, strict=True)
+                if method == "none":  # the same whatever the budget
+                    ax.axhline(mean[0], color=colour, label=method)
+                    continue
+                ax.plot(budgets, mean, color=colour, marker="o", label=method)
+                ax.fill_between(budgets, low, high, color=colour, alpha=0.15, linewidth=0)
+        draw_yardsticks(axes[0, column], PAIRS[pair][1])
+        axes[0, column].set(title=pair, ylabel="return in the target", xscale="log")
+        axes[1, column].set(ylabel="held-out KL, nats", xlabel="updates of stage 2", xscale="log")
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(HERE / "methods.png", dpi=110)
+
+
+def main(
+    pairs: tuple[Literal["pendulum", "cup", "finger", "reacher"], ...] = ("pendulum",),
+    seeds: tuple[int, ...] = (1, 2, 3),
+    updates: tuple[int, ...] = (500, 2000, 6000, 20_000, 60_000),
+    runs: Path = Path("runs"),
+    draw_only: bool = False,
+):
+    """Args:
+    pairs: whose shipped models are adapted
+    seeds: of data, residual and policy
+    updates: budgets of stage 2
+    runs: folder of the runs
+    draw_only: run nothing
+    """
+    runs = runs.resolve()
+    jobs = [job(pair, "none", 0, seed, runs) for pair in pairs for seed in seeds]
+    # Short budgets first: the figure soon shows something.
+    jobs += [
+        job(pair, method, n, seed, runs)
+        for n in updates
+        for seed in seeds
+        for pair in pairs
+        for method in METHODS[:3]
+    ]
+    if not draw_only:
+        run_all(CSV, jobs)
+    draw(pairs)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
