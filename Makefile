@@ -63,34 +63,41 @@ PAIR_reacher = ReacherEasy Reversed
 SOURCE = redraw/$(word 1,$(PAIR_$(PAIR)))-v0
 TARGET = redraw/$(word 1,$(PAIR_$(PAIR)))$(word 2,$(PAIR_$(PAIR)))-v0
 # Pictures with more in them than a pendulum want a larger model and more updates (10,000).
-SIZES = $(if $(filter pendulum,$(PAIR)),,--cnn-depth 16 --units 256 --vector-scale 200 --train-every 4.8)
+SIZES = $(if $(filter pendulum,$(PAIR)),,--cnn-depth 16 --units 256 --vector-scale 200 --train-every 11.2)
 COMMON = --seed $(SEED) --resume
+MODEL ?= docs/pretrained/$(PAIR).pt
 demo: .venv/installed
 	$(if $(PAIR_$(PAIR)),,$(error PAIR must be pendulum, cup, finger or reacher, not '$(PAIR)'))
-	@$(MAKE) --no-print-directory -j2 $(RUNS)/source-policy/done $(RUNS)/adapted-policy/done
+	$(if $(wildcard $(MODEL)),,$(error $(MODEL) does not exist; make scratch PAIR=$(PAIR) trains a model first))
+	@$(MAKE) --no-print-directory -j2 $(RUNS)/source-policy/done $(RUNS)/adapted-policy/done MODEL=$(MODEL)
 	$(PY) docs/figures/demo.py --runs $(RUNS) --source $(SOURCE) --target $(TARGET)
-scratch:
-	@echo "On two cores the pendulum takes about an hour, another pair longer: docs/results.md"
-	@$(MAKE) --no-print-directory demo
-# 1. the world model, in the source
+scratch: .venv/installed
+	$(if $(PAIR_$(PAIR)),,$(error PAIR must be pendulum, cup, finger or reacher, not '$(PAIR)'))
+	@echo "On two cores the pendulum takes about 45 minutes, another pair two hours: docs/results.md"
+	@$(MAKE) --no-print-directory $(RUNS)/model.pt
+	@$(MAKE) --no-print-directory demo MODEL=$(RUNS)/model.pt
+# 1. the world model, in the source, and its policy
 $(RUNS)/source/done: | .venv/installed
 	$(PY) draw_pretrain.py laptop $(SIZES) $(STAGE1) --env-id $(SOURCE) --run-dir $(RUNS)/source $(COMMON)
 	@touch $@
-# 2. the residual, from target data without rewards
-$(RUNS)/adapted/done: $(RUNS)/source/done
-	$(PY) redraw_adapt.py laptop $(STAGE2) --checkpoint $(RUNS)/source/draw.pt --target-env-id $(TARGET) \
-		--run-dir $(RUNS)/adapted $(COMMON)
-	@touch $@
-# 3. a policy for the target, in the rectified imagination
-$(RUNS)/adapted-policy/done: $(RUNS)/adapted/done
-	$(PY) train_policy.py laptop $(STAGE3) --checkpoint $(RUNS)/adapted/best.pt --dataset $(RUNS)/adapted/dataset.npz \
-		--eval-env-ids $(TARGET) --run-dir $(RUNS)/adapted-policy $(COMMON)
-	@touch $@
-# and one for the source, evaluated there and, zero-shot, in the target; beside 2 and 3, so it writes into a file
-$(RUNS)/source-policy/done: $(RUNS)/source/done
+$(RUNS)/model.pt: $(RUNS)/source/done
 	$(PY) train_policy.py laptop $(STAGE3) --checkpoint $(RUNS)/source/draw.pt --dataset $(RUNS)/source/replay \
+		--run-dir $(RUNS)/source-training $(COMMON)
+	$(PY) docs/pretrained/pack.py --draw $(RUNS)/source/draw.pt --policy $(RUNS)/source-training --out $@
+# Beside the rest, so it writes into a file: this policy at home and, zero-shot, in the target.
+$(RUNS)/source-policy/done: | .venv/installed
+	@mkdir -p $(RUNS)
+	$(PY) train_policy.py laptop --checkpoint $(MODEL) --updates 0 --warm-start both \
 		--eval-env-ids $(SOURCE) $(TARGET) --run-dir $(RUNS)/source-policy $(COMMON) \
 		> $(RUNS)/source-policy.log 2>&1 || { tail -n 1 $(RUNS)/source-policy.log >&2; exit 1; }
+	@touch $@
+# 2. and 3. the residual, from target data without rewards, and a policy in the rectified imagination
+ADAPT = $(PY) redraw_adapt.py laptop $(STAGE2) --checkpoint $(MODEL) --target-env-id $(TARGET) $(COMMON)
+TRAIN = $(PY) train_policy.py laptop $(STAGE3) $(COMMON)
+$(RUNS)/adapted-policy/done: | .venv/installed
+	$(ADAPT) --run-dir $(RUNS)/adapted
+	$(TRAIN) --checkpoint $(RUNS)/adapted/best.pt --dataset $(RUNS)/adapted/dataset.npz \
+		--eval-env-ids $(TARGET) --run-dir $(RUNS)/adapted-policy
 	@touch $@
 
 # ---- The same on the Duckiebot simulator; the loop that drives a robot records the target's data ---

@@ -240,6 +240,15 @@ class DRAW(nn.Module):
             zs.append(sample_onehot(dynamics.prior(sigma)))
         return torch.stack(zs, 1)
 
+    def reconstruction_errors(self, z, image, vector):
+        """Squared errors of image, summed over pixels and channels, and of symlog(vector), summed
+        over V, as predicted from z (..., S, K) alone; (...) each."""
+        flat = z.flatten(-2)
+        image_error = ((self.decoder(flat) - image.float() / 255.0) ** 2).sum((-3, -2, -1))
+        if self.vector_head is None:
+            return image_error, torch.zeros_like(image_error)
+        return image_error, ((self.vector_head(flat) - symlog(vector)) ** 2).sum(-1)
+
     def reward(self, z):
         """Predicted reward of arriving in z (..., S, K) -> (...)"""
         return twohot_mean(self.reward_head(z.flatten(-2)))

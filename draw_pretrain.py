@@ -68,7 +68,6 @@ from common import (
     sample_onehot,
     sizes_of,
     softmax,
-    symlog,
     twohot_log_prob,
     twohot_mean,
     unimix,
@@ -97,7 +96,7 @@ class Args:
     image_size: int = 64  # pixels of a side, for this project's environments
     look: Literal["fast", "stock"] = "fast"  # of this project's; stock is dm_control's own, slower
     augment: float = 0.0  # 0 to 1: changes of looks (RGB only) that the encoder sees: more robust
-    collect: Literal["explore", "task", "random", "mixed"] = "explore"  # mixed: drawn by episode
+    collect: Literal["explore", "task", "random", "mixed"] = "explore"  # mixed: 2 in 3 are task
     prefill: int = 1024  # random steps before the first update
     hold: float = 1.0  # steps that a random action lasts on average; larger: farther swings
     gain: float = 1.0  # random actions lie in +-gain, then cut to +-1; larger: more at full force
@@ -222,7 +221,7 @@ def world_model_loss(draw, data, args, soft):
     log_p = unimix(u)  # (B, T, S, K), log p(z_t | z_{t-1}, sigma_{t-1}, a_{t-1})
 
     # Reconstructions from z_t alone; reward and continue are those of arriving at x_t.
-    image_loss, vector_loss = reconstruction_errors(draw, z, data["image"], data["vector"])
+    image_loss, vector_loss = draw.reconstruction_errors(z, data["image"], data["vector"])
     flat = z.flatten(-2)  # (B, T, Z)
     reward_loss = -twohot_log_prob(draw.reward_head(flat), data["reward"])  # (B, T)
     cont = draw.continue_head(flat).squeeze(-1)  # (B, T), logit
@@ -252,16 +251,6 @@ def world_model_loss(draw, data, args, soft):
         "world_model/posterior_entropy": -(log_q.exp() * log_q).sum((-2, -1)).mean(),
     }
     return loss, metrics, (embed.detach(), z.detach(), softmax(u).detach())
-
-
-def reconstruction_errors(draw, z, image, vector):
-    """Squared errors of image, summed over pixels and channels, and of symlog(vector), summed over
-    V, as predicted from z (..., S, K) alone; (...) each."""
-    flat = z.flatten(-2)
-    image_error = ((draw.decoder(flat) - image.float() / 255.0) ** 2).sum((-3, -2, -1))
-    if draw.vector_head is None:
-        return image_error, torch.zeros_like(image_error)
-    return image_error, ((draw.vector_head(flat) - symlog(vector)) ** 2).sum(-1)
 
 
 class Ensemble(nn.Module):
@@ -501,12 +490,7 @@ def main(args):
     task = ActorCritic(sizes).to(device)
     explore = ActorCritic(sizes).to(device)
     modules = {"draw": draw, "ensemble": ensemble, "task": task, "explore": explore}
-    optimizers = {
-        "draw_adam": torch.optim.Adam(draw.parameters(), args.lr, eps=1e-8, fused=True),
-        "ensemble_adam": torch.optim.Adam(ensemble.parameters(), args.lr, eps=1e-5, fused=True),
-        "task_adam": policy_adam(args, task),
-        "explore_adam": policy_adam(args, explore),
-    }
+    optimizers = make_optimizers(args, **modules)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     model_loss = torch.compile(world_model_loss) if args.compile else world_model_loss
     policies = (("task", task, args.policy_every), ("explore", explore, args.explore_every))
@@ -532,29 +516,21 @@ def main(args):
     replay.load(replay_dir, saved.get("rows", 0))
 
     obs, _ = envs.reset(seed=np.random.randint(2**31))
-    noise = np.zeros((args.n_envs, sizes.action_size), np.float32)
-    noise = held_noise(noise, 1.0, args.gain)
+    collector = Collector(args, sizes, draw, {"task": task, "explore": explore})
     reward = np.zeros(args.n_envs)
     first = np.ones(args.n_envs, bool)
     last = terminal = np.zeros(args.n_envs, bool)
-    by_mean = args.learn == "search"
-    actors = {name: Policy(sizes, draw, policy.actor, by_mean) for name, policy, _ in policies}
-    who = ("explore", "task", "random") if args.collect == "mixed" else (args.collect,)
-    collectors = np.full(args.n_envs, "random", "<U7")  # who acts in each environment
     returns = np.zeros(args.n_envs)  # of the running episodes
     finished = []  # returns of the episodes that ended since the last log line
-    metrics = {}
-    policy_metrics = {}
+    metrics = {}  # the newest of each
     total = int((args.steps - args.prefill) / args.train_every)
     bar = tqdm(total=args.steps, initial=begin, unit="step", mininterval=1, disable=run.rank > 0)
     for step in range(begin + args.n_envs, args.steps + args.n_envs, args.n_envs):
         # 1. Act and store. Row t holds x_t, the reward of arriving there, and a_t, taken there.
-        collectors[first] = np.random.choice(who, first.sum())
-        action = noise = held_noise(noise, args.hold, args.gain)
-        if step > args.prefill and updates >= args.policy_start:
-            action = act(collectors, actors, obs, noise)
-            if not np.isfinite(action).all():
-                run.log(updates, metrics)  # the training diverged: this names the term
+        by_policies = step > args.prefill and updates >= args.policy_start
+        action = collector.act(obs, first, by_policies)
+        if not np.isfinite(action).all():
+            run.log(updates, metrics)  # the training diverged: this names the term
         replay.add(
             **obs, action=action, reward=reward, is_first=first, is_last=last, is_terminal=terminal
         )
@@ -569,7 +545,8 @@ def main(args):
             # 2. World model.
             soft = max(0.0, 1.0 - updates / args.soft_updates) if args.soft_updates else 0.0
             with autocast:
-                loss, metrics, (embed, z, sigma) = model_loss(draw, data, args, soft)
+                loss, found, (embed, z, sigma) = model_loss(draw, data, args, soft)
+            metrics |= found
             metrics["world_model/grad_norm"] = gradient_step(optimizers["draw_adam"], loss, 1000.0)
 
             # 3. Ensemble, on what the world model just saw.
@@ -577,7 +554,6 @@ def main(args):
                 loss = ensemble.loss(sigma, z, data["action"], embed, data["is_first"])
             norm = gradient_step(optimizers["ensemble_adam"], loss, 100.0)
             metrics |= {"explore/ensemble_loss": loss, "explore/ensemble_grad_norm": norm}
-
             # 4. Policies, imagined from some of the same posterior states.
             pick = torch.randperm(args.batch * args.length, device=device)[: args.starts]
             alive = 1.0 - data["is_terminal"].flatten()[pick].float()  # (starts,)
@@ -585,15 +561,14 @@ def main(args):
             for name, policy, every in policies:
                 if updates >= args.policy_start and updates % every == 0:
                     begin_at = continued(args, ends.get(name), *start)
-                    adam = optimizers[f"{name}_adam"]
-                    memory = memories[name]
+                    tools = (policy, optimizers[f"{name}_adam"], memories[name])
                     found, ends[name] = improve(
-                        args, draw, dynamics, policy, adam, memory, *begin_at, rewards[name]
+                        args, draw, dynamics, *tools, *begin_at, rewards[name]
                     )
-                    policy_metrics |= {f"{name}/{k}": v.detach() for k, v in found.items()}
+                    metrics |= {f"{name}/{k}": v.detach() for k, v in found.items()}
             updates += 1
             if updates % args.log_every == 0 or updates == total:
-                report(run, args, updates, total, metrics | policy_metrics, finished, replay, bar)
+                report(run, args, updates, total, metrics, finished, replay, bar)
 
         outcome = envs.step_wait() if args.parallel_envs else envs.step(action)
         obs, reward, terminal, truncated, _ = outcome
@@ -660,6 +635,16 @@ def replay_rows(args, sizes):
     return min(rows, fits)
 
 
+def make_optimizers(args, draw, ensemble, task, explore):
+    """An Adam for each, by the name under which it is saved"""
+    return {
+        "draw_adam": torch.optim.Adam(draw.parameters(), args.lr, eps=1e-8, fused=True),
+        "ensemble_adam": torch.optim.Adam(ensemble.parameters(), args.lr, eps=1e-5, fused=True),
+        "task_adam": policy_adam(args, task),
+        "explore_adam": policy_adam(args, explore),
+    }
+
+
 def policy_adam(args, policy):
     """Actor and critic are two groups: their gradients are cut separately."""
     actor = {"params": list(policy.actor.parameters()), "lr": args.actor_lr}
@@ -687,22 +672,44 @@ def continued(args, ends, z, sigma, alive):
     return z, sigma, torch.where(on, 1.0, alive)
 
 
-def act(collectors, actors, obs, noise):
-    """Actions (n_envs, A): the noise, or a policy's; to its mean some noise is added."""
-    action = noise.copy()
-    for name, policy in actors.items():
-        mine = collectors == name
-        if mine.any():
-            action[mine] = policy(obs["image"][mine], obs["vector"][mine])
-            if policy.by_mean:
-                action[mine] = np.clip(action[mine] + 0.3 * noise[mine], -1.0, 1.0)
-    return action
+class Collector:
+    """Who acts in which environment: random actions or, by episode, one of the policies.
+
+    A policy that acts by its mean adds noise in every other episode. The quiet episodes go where it
+    will go when it is deployed, which is where the world model must be right.
+    """
+
+    def __init__(self, args, sizes, draw, policies):
+        self.hold = args.hold
+        self.gain = args.gain
+        self.noise = np.zeros((args.n_envs, sizes.action_size), np.float32)
+        self.noise = held_noise(self.noise, 1.0, args.gain)
+        by_mean = args.learn == "search"
+        self.actors = {k: Policy(sizes, draw, p.actor, by_mean) for k, p in policies.items()}
+        self.names = ("explore", "task", "task") if args.collect == "mixed" else (args.collect,)
+        self.who = np.full(args.n_envs, "random", "<U7")
+        self.quiet = np.zeros(args.n_envs, bool)
+
+    def act(self, obs, first, by_policies):
+        """Actions (n_envs, A) for obs; first (n_envs,), whether an episode begins."""
+        self.who[first] = np.random.choice(self.names, first.sum())
+        self.quiet[first] = np.random.rand(first.sum()) < 0.5
+        self.noise = held_noise(self.noise, self.hold, self.gain)
+        action = self.noise.copy()
+        added = 0.3 * self.noise * ~self.quiet[:, None]
+        for name, policy in self.actors.items():
+            mine = self.who == name
+            if by_policies and mine.any():
+                action[mine] = policy(obs["image"][mine], obs["vector"][mine])
+                if policy.by_mean:
+                    action[mine] = np.clip(action[mine] + added[mine], -1.0, 1.0)
+        return action
 
 
 def report(run, args, updates, total, metrics, finished, replay, bar):
     """A log line, the figures on the bar, and warnings of what usually goes wrong."""
     if finished:
-        metrics["collect/episode_return"] = np.mean(finished)
+        metrics = metrics | {"collect/episode_return": np.mean(finished)}
         finished.clear()
     shown = run.log(updates, metrics)
     names = ("world_model/image", "world_model/kl", "collect/episode_return", "task/return")
@@ -754,7 +761,7 @@ def source_range(draw, replay, args, device):
     log_q = draw.posterior(draw.encoder(data["image"], data["vector"]))  # (B, T, S, K)
     z = sample_onehot(log_q.exp())
     kl = kl_categorical(log_q, unimix(draw.observe(z, data["action"], data["is_first"])))  # (B, T)
-    errors = reconstruction_errors(draw, z, data["image"], data["vector"])
+    errors = draw.reconstruction_errors(z, data["image"], data["vector"])
     frames = dict(zip(("image error", "vector error"), errors, strict=True))
     frames["posterior entropy"] = -(log_q.exp() * log_q).sum((-2, -1))
     levels = torch.tensor([0.01, 0.5, 0.99], device=device)

@@ -50,7 +50,6 @@ from common import (
     sample_onehot,
     save_dataset,
     softmax,
-    symlog,
     write_atomically,
 )
 
@@ -488,8 +487,9 @@ def measure(models, home, dataset, data, rows):
         torch.manual_seed(0)  # the same chances for both
         zs = draw.open_loop(dynamics, z[:, 0], action[:, :-1])
         film.append(draw.decoder(zs[:4].flatten(-2)))
-        errors = reconstruction_errors(draw, zs, image, vector).mean(1)  # (2, H + 1)
-        for kind, error in zip(("image", "vector"), errors.tolist(), strict=True):
+        errors = draw.reconstruction_errors(zs, image, vector)  # (n, H + 1) each
+        for kind, error in zip(("image", "vector"), errors, strict=True):
+            error = error.mean(0).tolist()
             steps = {f"step {h}": error[h] for h in (1, 5, 15, 40) if h <= H}
             figures[f"{kind} error, {name}"] = steps
     film = torch.cat(film, 2).permute(1, 2, 0, 3, 4).flatten(2, 3)  # (H + 1, 3 L, 4 L, C)
@@ -504,7 +504,7 @@ def measure(models, home, dataset, data, rows):
     figures["KL(base || rectified)"]["all"] = acts.sum().item()
     if home:
         entropy = -(log_q.exp() * log_q).sum((-2, -1))
-        values = [*reconstruction_errors(draw, z, image, vector), entropy]
+        values = [*draw.reconstruction_errors(z, image, vector), entropy]
         shares = {}
         for name, value in zip(FRAME_FIGURES, values, strict=True):
             low, _, high = home[name]
@@ -513,16 +513,6 @@ def measure(models, home, dataset, data, rows):
             shares[name] = outside.float().mean().item()
         figures["frames outside the source's range"] = shares
     return figures, film.repeat(3, 1).repeat(3, 2)
-
-
-def reconstruction_errors(draw, z, image, vector):
-    """Squared errors of image and symlog(vector), (2, ...), predicted from z (..., S, K) alone"""
-    flat = z.flatten(-2)
-    image_error = ((draw.decoder(flat) - image / 255.0) ** 2).sum((-3, -2, -1))
-    vector_error = torch.zeros_like(image_error)
-    if draw.vector_head is not None:
-        vector_error = ((draw.vector_head(flat) - symlog(vector)) ** 2).sum(-1)
-    return torch.stack([image_error, vector_error])
 
 
 def verdicts(figures):

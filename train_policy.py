@@ -69,7 +69,7 @@ from common import (
 @dataclass
 class Args:
     checkpoint: str  # draw.pt of stage 1, or best.pt or last.pt of stage 2
-    dataset: str  # where trajectories start: a .npz file or a folder of them; no rewards are read
+    dataset: str | None = None  # where trajectories start: a .npz file or a folder of them
     dataset_rows: int | None = None  # use the newest so many rows; the rest is not read
     actions_lead: bool = False  # row t holds the action that LED to it (DreamerV2, V-D4RL)
     run_dir: str | None = None  # folder for all that the run writes (default: runs/policy-SEED)
@@ -90,7 +90,7 @@ class Args:
     look: Literal["fast", "stock"] = "fast"  # as in stage 1
 
     # Imagination
-    updates: int = 3_000_000
+    updates: int = 3_000_000  # 0, with --warm-start both: stage 1's policy is evaluated as it is
     batch: int = 16  # B, sequences of the dataset an update
     length: int = 64  # T, steps of a sequence
     starts: int = 341  # imagined trajectories an update, from states of these sequences
@@ -116,7 +116,6 @@ class Args:
 
 LAPTOP = Args(
     checkpoint=tyro.MISSING,
-    dataset=tyro.MISSING,
     save_every=100,
     log_every=20,
     eval_every=0,
@@ -156,7 +155,7 @@ DUCKIETOWN = dataclasses.replace(
 PRESETS = {
     "laptop": ("minutes on two CPU cores", LAPTOP),
     "duckietown": ("minutes on one CPU core: lane following", DUCKIETOWN),
-    "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING, dataset=tyro.MISSING)),
+    "paper": ("the paper's sizes", Args(checkpoint=tyro.MISSING)),
 }
 
 
@@ -357,18 +356,21 @@ def main(args):
     rectified = load_rectified(checkpoint, draw, device)
     if args.pessimism and len(rectified.delta) < 2:
         raise UserError(f"--pessimism needs a residual of 2 --members, not {args.checkpoint}")
-    dataset = load_dataset(args.dataset, draw.sizes, args.dataset_rows, args.actions_lead)
-    if len(dataset["is_first"]) < args.length:
-        raise UserError(f"{args.dataset} holds fewer rows than --length {args.length}")
+    if args.updates:
+        dataset = load_dataset(args.dataset, draw.sizes, args.dataset_rows, args.actions_lead)
+        if len(dataset["is_first"]) < args.length:
+            raise UserError(f"{args.dataset} holds fewer rows than --length {args.length}")
     for env_id in args.eval_env_ids:  # a typo must not cost a training
         evaluation_envs(args, env_id, draw.sizes).close()
 
     policy = begin_policy(args, checkpoint, draw.sizes).to(device)
     adam = policy_adam(args, policy)
     deployed = Policy(draw.sizes, draw, policy.actor, by_mean=args.learn == "search")
-    run = Run(args.run_dir or f"runs/policy-{args.seed}", args, [args.checkpoint, args.dataset])
-    data = encode(draw, dataset, device)
-    del dataset
+    inputs = [path for path in (args.checkpoint, args.dataset) if path]
+    run = Run(args.run_dir or f"runs/policy-{args.seed}", args, inputs)
+    if args.updates:
+        data = encode(draw, dataset, device)
+        del dataset
     modules = {"policy": policy, "adam": adam}
     saved = run.resume(modules)
     begin = saved.get("update", 0)
@@ -419,7 +421,12 @@ def main(args):
 
 def check(args):
     """Raises UserError for a flag that makes no sense."""
-    check_range(args, 1, 10**12, "updates", "log_every", "save_every", "n_envs")
+    if args.updates and not args.dataset:
+        raise UserError("give --dataset, where trajectories start")
+    if args.updates == 0 and args.warm_start != "both":
+        raise UserError("--updates 0 evaluates stage 1's policy, so it needs --warm-start both")
+    check_range(args, 0, 10**12, "updates")
+    check_range(args, 1, 10**12, "log_every", "save_every", "n_envs")
     check_range(args, 1e-9, 10**9, "return_floor")
     check_range(args, 1, 65536, "batch", "length", "horizon")
     check_range(args, 1, args.batch * args.length, "starts")

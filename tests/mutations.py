@@ -147,8 +147,8 @@ the encoder sees the clean frame
 -embed = draw.encoder(seen, data["vector"])
 +embed = draw.encoder(data["image"], data["vector"])
 the decoder is shown the changed frame
--vector_loss = reconstruction_errors(draw, z, data["image"], data["vector"])
-+vector_loss = reconstruction_errors(draw, z, seen, data["vector"])
+-vector_loss = draw.reconstruction_errors(z, data["image"], data["vector"])
++vector_loss = draw.reconstruction_errors(z, seen, data["vector"])
 no strength still changes the looks
 -return strength * torch.empty
 +return torch.empty

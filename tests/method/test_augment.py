@@ -77,10 +77,10 @@ def test_noise_reaches_every_pixel_and_no_mean_shift():
 
 def test_the_encoder_sees_the_changed_frame_and_the_decoder_is_shown_the_clean_one(monkeypatch):
     draw, data, seen, targets = DRAW(SIZES), scenes(4), [], []
-    real = draw_pretrain.reconstruction_errors
+    real = DRAW.reconstruction_errors
     monkeypatch.setattr(draw_pretrain, "augment", lambda image, strength: 255 - image)
     monkeypatch.setattr(
-        draw_pretrain,
+        DRAW,
         "reconstruction_errors",
         lambda draw, z, image, vector: targets.append(image) or real(draw, z, image, vector),
     )

@@ -292,7 +292,8 @@ FLAGS = [
     *(
         flagged("policy", flags, *words)
         for flags, *words in (
-            ("--updates 0", "--updates"),
+            ("--updates -1", "--updates"),
+            ("--updates 0", "--warm-start both"),
             ("--n-envs 0", "--n-envs"),
             ("--dataset-rows 1", "--dataset-rows"),
             ("--starts 9", "--starts"),  # of 2 sequences of 4

@@ -1,0 +1,46 @@
+"""Packs a world model and the policy that stage 3 trained in it into one small checkpoint.
+
+    python docs/pretrained/pack.py --draw runs/source/draw.pt --policy runs/source-policy \
+        --out docs/pretrained/pendulum.pt
+
+The result is a draw.pt whose task actor and critic are those of stage 3, in half precision. Stages
+2 and 3 take it as --checkpoint; `train_policy.py --updates 0 --warm-start both` evaluates it.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from common import load_checkpoint, save_checkpoint  # noqa: E402
+
+
+def half(weights):
+    """A state dict with its float32 tensors in half precision"""
+    return {name: w.half() if w.dtype == torch.float32 else w for name, w in weights.items()}
+
+
+def main(draw: Path, policy: Path, out: Path):
+    """Args:
+    draw: draw.pt of stage 1
+    policy: run folder of stage 3, trained in that model
+    out: the checkpoint to write
+    """
+    checkpoint = load_checkpoint(draw, ("draw_pretrain",))
+    del checkpoint["file"]
+    trained = load_checkpoint(policy / "state.pt", ("state",))["policy"]
+    for part in ("actor", "critic"):
+        prefix = f"{part}."
+        weights = {k[len(prefix) :]: w for k, w in trained.items() if k.startswith(prefix)}
+        checkpoint[f"task_{part}"] = weights
+    for name in ("draw", "task_actor", "task_critic", "explore_actor"):
+        checkpoint[name] = half(checkpoint[name])
+    save_checkpoint(out, **checkpoint)
+    print(f"wrote {out}, {out.stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
