@@ -782,14 +782,15 @@ class DMCEnv(gym.Env):
 
     Args: reverse_actions: apply -a instead of a; wrench: (body, constant force in N and torque in
         N·m, 6 numbers); image_size: L, below 64 the 64-pixel image is averaged down; look: "stock",
-        or "fast": without multisampling, shadows and reflections, nine tenths of the time.
+        or "fast": without multisampling, shadows and reflections, nine tenths of the time;
+        start_speed: half of the episodes start with velocities drawn from +-this, not at rest.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 25}
 
     def __init__(
         self, domain, task, reverse_actions=False, wrench=None, image_size=64, action_repeat=2,
-        look="fast", stack=0, render_mode="rgb_array",
+        look="fast", stack=0, start_speed=0.0, render_mode="rgb_array",
     ):  # fmt: skip
         if sys.platform.startswith("linux"):
             os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
@@ -807,6 +808,7 @@ class DMCEnv(gym.Env):
         self.render_mode = render_mode
         self.shrink = max(1, 64 // image_size)
         self.stack = stack
+        self.start_speed = start_speed
         self.frames = []
         side = image_size * self.shrink
         if look == "fast":
@@ -826,6 +828,10 @@ class DMCEnv(gym.Env):
         if seed is not None:
             self.dmc.task.random.seed(seed)
         self.dmc.reset()
+        if self.start_speed and self.np_random.random() < 0.5:
+            velocity = self.physics.data.qvel
+            velocity[:] = self.np_random.uniform(-self.start_speed, self.start_speed, len(velocity))
+            self.physics.forward()
         self.frames = []
         return self.observe(), {}
 
@@ -962,11 +968,11 @@ def check_env(env_id, env):
             raise UserError(f"{env_id}: {found} is not in its own space, {observation}")
 
 
-def make_envs(env_id, n, image_size=None, episode_steps=None, parallel=False, look="fast"):
+def make_envs(env_id, n, image_size=None, episode_steps=None, parallel=False, **options):
     """n copies of one environment, stepped together. The step after the end of an episode resets
     that copy, ignores its action and returns the next episode's first observation with reward 0.
 
-    Args: image_size and look of this project's environments, others come with their own;
+    Args: image_size and options (of DMCEnv) of this project's environments, others have their own;
         episode_steps, a shorter time limit than the environment's; parallel: each in a process.
     Raises UserError: unknown id, or it does not suit DRAW.
     """
@@ -974,7 +980,7 @@ def make_envs(env_id, n, image_size=None, episode_steps=None, parallel=False, lo
     if env_id.split(":")[-1].startswith("redraw/"):
         kwargs["image_size"] = image_size or 64
         if "Duckietown" not in env_id:
-            kwargs["look"] = look
+            kwargs |= options
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where a user's module may lie
     try:

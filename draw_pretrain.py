@@ -95,6 +95,7 @@ class Args:
     episode_steps: int | None = None  # end episodes after so many steps: more start states
     image_size: int = 64  # pixels of a side, for this project's environments
     look: Literal["fast", "stock"] = "fast"  # of this project's; stock is dm_control's own, slower
+    start_speed: float = 0.0  # likewise; larger: half of the episodes start faster, in rad/s or m/s
     augment: float = 0.0  # 0 to 1: changes of looks (RGB only) that the encoder sees: more robust
     collect: Literal["explore", "task", "random", "mixed"] = "explore"  # mixed: 2 in 3 are task
     prefill: int = 1024  # random steps before the first update
@@ -475,9 +476,9 @@ def main(args):
     device = prepare(args)
     if "WORLD_SIZE" in os.environ:  # torchrun: from here on gradients are averaged
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    envs = make_envs(
-        args.env_id, args.n_envs, args.image_size, args.episode_steps, args.parallel_envs, args.look
-    )
+    options = {"look": args.look, "start_speed": args.start_speed}
+    shape = (args.n_envs, args.image_size, args.episode_steps, args.parallel_envs)
+    envs = make_envs(args.env_id, *shape, **options)
     networks = ("S", "K", "cnn_depth", "vector_units", "vector_layers", "units", "actor_units")
     sizes = sizes_of(envs, **{name: getattr(args, name) for name in networks})
     if args.augment and sizes.channels != 3:
@@ -608,7 +609,7 @@ def check(args):
         (1, 65536, "batch horizon S cnn_depth units actor_units vector_units vector_layers"),
         (2, 65536, "length ensemble K"),  # a variable of one class says nothing
         (0, 10**9, "soft_updates ensemble_target policy_start warmup"),
-        (0, 10**9, "least_reward entropy image_scale vector_scale reward_scale"),
+        (0, 10**9, "start_speed least_reward entropy image_scale vector_scale reward_scale"),
         (1e-9, 10**9, "hold gain train_every return_floor"),
         (0, 1, "lr actor_lr critic_lr rewarded gamma lam augment restart"),
         (2, 1000, "candidates"),

@@ -139,7 +139,7 @@ def job(change, strength, size, seed, runs):
     return Job(key, stages, result)
 
 
-def draw():
+def picture():
     """Two maps, changes downwards, sizes of the residual to the right: return as a share of the
     best known, and held-out KL over the source's own"""
     rows = read(CSV)
@@ -172,14 +172,16 @@ def main(
     hidden: tuple[Literal["16", "64", "256", "1024", "256x2"], ...] = tuple(SIZES),
     seeds: tuple[int, ...] = (1,),
     runs: Path = Path("runs"),
-    draw_only: bool = False,
+    draw: bool = False,
 ):
-    """Args:
-    changes: of the physics, each at its strengths
-    hidden: sizes of the residual, hidden units (x layers)
-    seeds: of data, residual and policy
-    runs: folder of the runs
-    draw_only: run nothing
+    """Runs what is missing, then draws.
+
+    Args:
+        changes: of the physics, each at its strengths
+        hidden: sizes of the residual, hidden units (x layers)
+        seeds: of data, residual and policy
+        runs: folder of the runs
+        draw: run nothing, draw from the csv
     """
     jobs = [
         job(change, strength, size, seed, runs.resolve())
@@ -188,9 +190,9 @@ def main(
         for change in changes
         for strength in CHANGES[change]
     ]
-    if not draw_only:
+    if not draw:
         run_all(CSV, jobs)
-    draw()
+    picture()
 
 
 if __name__ == "__main__":

@@ -56,10 +56,12 @@ def side_by_side(films, titles):
 
 
 def main(runs: Path, source: str, target: str):
-    """Args:
-    runs: folder with source-policy and adapted-policy
-    source: source environment id
-    target: target environment id
+    """Writes the table and the film.
+
+    Args:
+        runs: folder with source-policy and adapted-policy
+        source: source environment id
+        target: target environment id
     """
     rows = (
         ("random actions in the target", yardstick(target, best=False)),

@@ -2,7 +2,7 @@
 
     python docs/figures/inputs.py --pair pendulum --seeds 1 2 3
 
-writes inputs.csv and inputs.png beside this file; --draw-only draws from the csv alone.
+writes inputs.csv and inputs.png beside this file; --draw draws from the csv alone.
 """
 
 from pathlib import Path
@@ -46,7 +46,7 @@ def job(pair, inputs, seed, runs):
     return Job(key, stages, lambda: measured(policy, target, adapted))
 
 
-def draw(pair):
+def picture(pair):
     """A bar for the mean over seeds, a point for each seed"""
     figure, axes = new_figure(2)
     for ax, quantity in zip(axes[0], ("return", "kl"), strict=True):
@@ -67,17 +67,19 @@ def main(
     pair: Literal["pendulum", "cup", "finger", "reacher"] = "pendulum",
     seeds: tuple[int, ...] = (1, 2, 3),
     runs: Path = Path("runs"),
-    draw_only: bool = False,
+    draw: bool = False,
 ):
-    """Args:
-    pair: whose shipped model is adapted
-    seeds: of data, residual and policy
-    runs: folder of the runs
-    draw_only: run nothing
+    """Runs what is missing, then draws.
+
+    Args:
+        pair: whose shipped model is adapted
+        seeds: of data, residual and policy
+        runs: folder of the runs
+        draw: run nothing, draw from the csv
     """
-    if not draw_only:
+    if not draw:
         run_all(CSV, [job(pair, i, seed, runs.resolve()) for seed in seeds for i in INPUTS])
-    draw(pair)
+    picture(pair)
 
 
 if __name__ == "__main__":

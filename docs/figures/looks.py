@@ -54,11 +54,13 @@ def same_states(env_id, image_size, n, seed):
 
 @torch.no_grad()
 def main(checkpoint: str, env_id: str, states: int = 1000, seed: int = 0):
-    """Args:
-    checkpoint: draw.pt of a stage 1 with --look fast
-    env_id: its environment
-    states: how many are looked at, along episodes of random actions
-    seed: of the environments and of everything random
+    """Prints how far the two looks are apart.
+
+    Args:
+        checkpoint: draw.pt of a stage 1 with --look fast
+        env_id: its environment
+        states: how many are looked at, along episodes of random actions
+        seed: of the environments and of everything random
     """
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -57,7 +57,7 @@ def job(pair, method, updates, seed, runs):
     return Job(key, stages, lambda: measured(policy, target, adapted))
 
 
-def draw(pairs):
+def picture(pairs):
     """Above returns, below the KL; a line a method, the range over seeds as its band"""
     figure, axes = new_figure(len(pairs), rows=2)
     for column, pair in enumerate(pairs):
@@ -89,14 +89,16 @@ def main(
     seeds: tuple[int, ...] = (1, 2, 3),
     updates: tuple[int, ...] = (500, 2000, 6000, 20_000, 60_000),
     runs: Path = Path("runs"),
-    draw_only: bool = False,
+    draw: bool = False,
 ):
-    """Args:
-    pairs: whose shipped models are adapted
-    seeds: of data, residual and policy
-    updates: budgets of stage 2
-    runs: folder of the runs
-    draw_only: run nothing
+    """Runs what is missing, then draws.
+
+    Args:
+        pairs: whose shipped models are adapted
+        seeds: of data, residual and policy
+        updates: budgets of stage 2
+        runs: folder of the runs
+        draw: run nothing, draw from the csv
     """
     runs = runs.resolve()
     jobs = [job(pair, "none", 0, seed, runs) for pair in pairs for seed in seeds]
@@ -108,9 +110,9 @@ def main(
         for pair in pairs
         for method in METHODS[:3]
     ]
-    if not draw_only:
+    if not draw:
         run_all(CSV, jobs)
-    draw(pairs)
+    picture(pairs)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,12 @@ def half(weights):
 
 
 def main(draw: Path, policy: Path, out: Path):
-    """Args:
-    draw: draw.pt of stage 1
-    policy: run folder of stage 3, trained in that model
-    out: the checkpoint to write
+    """Writes the checkpoint.
+
+    Args:
+        draw: draw.pt of stage 1
+        policy: run folder of stage 3, trained in that model
+        out: the checkpoint to write
     """
     checkpoint = load_checkpoint(draw, ("draw_pretrain",))
     del checkpoint["file"]

@@ -212,6 +212,22 @@ def test_stock_look_is_dm_control_s():
     fast.close()
 
 
+def test_half_of_the_episodes_may_start_fast():
+    envs = make_envs("redraw/ReacherEasy-v0", 1, image_size=16, start_speed=3.0)
+    env = envs.envs[0]
+    speeds = np.array([env.reset(seed=seed)[0]["vector"] for seed in range(60)])
+    again = np.array([env.reset(seed=seed)[0]["vector"] for seed in range(60)])
+    assert (speeds == again).all()
+    fast = (speeds != 0.0).any(-1)
+    assert 15 < fast.sum() < 45 and np.abs(speeds).max() <= 3.0
+    assert speeds[fast].min() < -2.0 and speeds[fast].max() > 2.0
+    # The first step goes on from there.
+    env.reset(seed=int(fast.argmax()))
+    moved = env.step(np.zeros(2, np.float32))[0]["vector"]
+    assert np.allclose(moved, speeds[fast.argmax()], atol=1.5)
+    assert not (make_envs("redraw/ReacherEasy-v0", 1, 16).reset(seed=3)[0]["vector"]).any()
+
+
 def test_time_limit_and_image_size_of_make_envs(capsys):
     envs = make_envs("redraw/PendulumSwingup-v0", 2, image_size=16, episode_steps=3)
     assert "3 steps" in capsys.readouterr().out
