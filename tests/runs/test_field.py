@@ -14,7 +14,7 @@ from stages import ADAPT, POLICY, PRETRAIN, TOY, call
 import draw_pretrain
 import redraw_adapt
 import train_policy
-from common import Run, load_checkpoint, load_dataset, make_envs, save_dataset
+from common import DRAW, ActorCritic, Run, load_checkpoint, load_dataset, make_envs, save_dataset
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +158,42 @@ def test_unusual_predicted_rewards_are_odd_whatever_their_sign(sign):
     odd = train_policy.encode(Draw(), rows, "cpu")["odd"]
     assert odd.argmax() == 6 and odd[6] == pytest.approx(3.0, rel=1e-3)
     assert (odd > 0).all() and odd[torch.arange(20) != 6].max() < 1e-5
+
+
+def test_half_of_the_episodes_of_a_policy_are_quiet():
+    """Stage 1 must see where the policy goes when nothing disturbs it."""
+    n = 3000
+    args = draw_pretrain.Args(n_envs=n, collect="mixed", learn="search", hold=4.0)
+    draw = DRAW(TINY)
+    policies = {name: ActorCritic(TINY) for name in ("task", "explore")}
+    collector = draw_pretrain.Collector(args, TINY, draw, policies)
+    for name, action in (("task", 0.9), ("explore", -0.9)):
+        answer = np.full((n, TINY.action_size), action, np.float32)
+        collector.actors[name] = Answer(True, answer)
+    obs = {"image": np.zeros(n), "vector": np.zeros(n)}
+    first = np.ones(n, bool)
+    assert np.abs(collector.act(obs, first, by_policies=False)).std() > 0.2  # all at random
+    action = collector.act(obs, first, by_policies=True)
+    task = action[:, 0] > 0
+    assert abs(task.mean() - 2 / 3) < 0.05
+    quiet = (np.abs(action) == np.float32(0.9)).all(-1)
+    assert abs(quiet.mean() - 0.5) < 0.05
+    assert 0.5 < np.abs(action).min() and np.abs(action).max() == 1.0
+    # It stays so until the next episode.
+    again = collector.act(obs, np.zeros(n, bool), by_policies=True)
+    assert ((again[:, 0] > 0) == task).all()
+    assert ((np.abs(again) == np.float32(0.9)).all(-1) == quiet).all()
+
+
+class Answer:
+    """A policy that always gives the same answer, a row an environment"""
+
+    def __init__(self, by_mean, answer):
+        self.by_mean = by_mean
+        self.answer = answer
+
+    def __call__(self, image, vector):
+        return self.answer[: len(image)].copy()
 
 
 def test_every_other_episode_is_calm_with_one_environment_too():

@@ -1,6 +1,7 @@
 """The three scripts as a user runs them: tiny projects from end to end, and what they leave."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -193,6 +194,24 @@ def test_runs_repeat_with_their_seed(tmp_path):
 
     first, again, other = weights(1, "a"), weights(1, "b"), weights(2, "c")
     assert torch.equal(first, again) and not torch.allclose(first, other)
+
+
+def test_a_packed_model_is_evaluated_as_it_is(files, tmp_path):
+    """docs/pretrained/: stage 3's policy in stage 1's model, half precision, without a dataset"""
+    pack = runpy.run_path(str(ROOT / "docs/pretrained/pack.py"))["main"]
+    draw = f"--checkpoint {files}/draw.pt"
+    call(train_policy, *POLICY, draw, f"--dataset {files}/data.npz --run-dir {tmp_path}/policy")
+    packed = tmp_path / "packed.pt"
+    pack(files / "draw.pt", tmp_path / "policy", packed)
+    assert load_checkpoint(packed, ("draw_pretrain",))["draw"]["initial_logits"].dtype == torch.half
+    given = f"--checkpoint {packed} --updates 0 --warm-start both --run-dir {tmp_path}/as-it-is"
+    call(train_policy, *POLICY, given, f"--eval-env-ids {TOY[0]} {TOY[1]}")
+    assert set(json.loads((tmp_path / "as-it-is/eval.json").read_text())) == set(TOY)
+    before = load_policy(tmp_path / "policy/policy.pt").state_dict()
+    after = load_policy(tmp_path / "as-it-is/policy.pt").state_dict()
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        assert torch.allclose(weight, after[name], rtol=1e-3, atol=1e-4), name
 
 
 def test_recording_adds_to_a_dataset(files, tmp_path):

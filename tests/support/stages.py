@@ -16,7 +16,7 @@ TOY = "toy_env:Toy-v0", "toy_env:ToyReversed-v0"  # an environment of the user's
 # Every size is given, so that no test depends on the presets.
 PRETRAIN = shlex.split(
     """laptop --steps 600 --prefill 400 --n-envs 2 --episode-steps 50 --image-size 16
-    --collect mixed --hold 4 --gain 1 --replay-size 10000 --save-every 100000
+    --start-speed 0 --collect mixed --hold 4 --gain 1 --replay-size 10000 --save-every 100000
     --S 4 --K 4 --cnn-depth 4 --vector-units 8 --vector-layers 1 --units 16 --actor-units 16
     --batch 4 --length 8 --train-every 4 --lr 1e-3 --warmup 5 --no-decay --soft-updates 10
     --image-scale 1 --vector-scale 1 --reward-scale 1 --return-floor 1 --actor-lr 3e-4
