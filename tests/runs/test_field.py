@@ -178,7 +178,7 @@ def test_half_of_the_episodes_of_a_policy_are_quiet():
     assert abs(task.mean() - 2 / 3) < 0.05
     quiet = (np.abs(action) == np.float32(0.9)).all(-1)
     assert abs(quiet.mean() - 0.5) < 0.05
-    assert 0.5 < np.abs(action).min() and np.abs(action).max() == 1.0
+    assert np.abs(action).min() > 0.5 and np.abs(action).max() == 1.0
     # It stays so until the next episode.
     again = collector.act(obs, np.zeros(n, bool), by_policies=True)
     assert ((again[:, 0] > 0) == task).all()
