@@ -1,6 +1,5 @@
-## make demo          the method on one pair: world model, residual, policies, a table and a film
-##                    PAIR=pendulum|cup|finger|reacher SEED=1; an interrupted one goes on
-## make scratch       all three stages from nothing; says first how long they take
+## make demo          stages 2 and 3 in the shipped world model, a table and a film; SEED=1
+## make scratch       all three stages from nothing; PAIR=pendulum|cup|finger|reacher
 ## make test          the tests, without those that drive a Duckiebot or need its simulator
 ## make lint, format  ruff: look at the form, or mend it
 ## make bench         how fast each stage is on this machine; BENCH=--real: a whole run too
@@ -8,9 +7,8 @@
 ##                    VARIANT=Miscalibrated: another target than reversed actions
 ## make duckietown-install, test-duckiebot   the simulator alone; its tests and the drive's
 ## make clean         deletes .venv and runs
-##
 ## All install what they need into .venv. STAGE1, STAGE2 and STAGE3 add flags to a stage, e.g.
-## make demo STAGE3="--updates 6000"; PYTHON=python3.12 takes another Python.
+## make demo STAGE3="--updates 600"; PYTHON=python3.12 takes another Python. An interrupted one goes on.
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
@@ -20,11 +18,9 @@ PIP = .venv/bin/pip install --quiet --disable-pip-version-check
 PAIR ?= pendulum
 SEED ?= 1
 RUNS ?= runs/$(PAIR)-$(SEED)
-
-.PHONY: help demo scratch test lint format bench duckietown duckietown-install test-duckiebot clean
+.PHONY: help demo pair scratch test lint format bench duckietown duckietown-install test-duckiebot clean
 # One thread for each training: two run side by side.
 demo scratch duckietown: export OMP_NUM_THREADS ?= 1
-
 .venv/installed: requirements.txt
 	@.ci/system_packages.sh egl
 	@$(PYTHON) -c 'import sys, ensurepip; assert sys.version_info >= (3, 11)' 2> /dev/null || { echo \
@@ -38,23 +34,19 @@ demo scratch duckietown: export OMP_NUM_THREADS ?= 1
 	$(PIP) --no-deps -r requirements-duckietown-no-deps.txt
 	@touch $@
 duckietown-install: .venv/duckietown
-
 test: .venv/installed
 	$(PY) -m pytest tests -q -n 2 --dist loadfile -m "not timing" --ignore tests/robot/test_duckietown.py
-# What the clock decides, and what needs the simulator: on a machine with nothing else to do.
+# What the clock decides, and what needs the simulator: on an idle machine.
 test-duckiebot: .venv/duckietown
 	$(PY) -m pytest tests/robot -q
 lint: .venv/installed
-	$(PY) -m ruff format --check .
-	$(PY) -m ruff check .
+	$(PY) -m ruff format --check . && $(PY) -m ruff check .
 format: .venv/installed
-	$(PY) -m ruff check --fix .
-	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 bench: .venv/installed
 	$(PY) tests/benchmarks/bench_run.py $(BENCH)
 clean:
 	rm -rf .venv runs
-
 # ---- Source -> target; a finished stage is not made again -----------------------------------------
 PAIR_pendulum = PendulumSwingup Reversed
 PAIR_cup = BallInCupCatch Windy
@@ -63,24 +55,23 @@ PAIR_reacher = ReacherEasy Reversed
 SOURCE = redraw/$(word 1,$(PAIR_$(PAIR)))-v0
 TARGET = redraw/$(word 1,$(PAIR_$(PAIR)))$(word 2,$(PAIR_$(PAIR)))-v0
 # Pictures with more in them than a pendulum want a larger model and more updates (10,000).
-SIZES = $(if $(filter pendulum,$(PAIR)),,--cnn-depth 16 --units 256 --vector-scale 200 --train-every 11.2)
+LARGER = --cnn-depth 16 --units 256 --vector-scale 200 --train-every 4.8 --start-speed $(if $(filter cup,$(PAIR)),2,5)
+SIZES = $(if $(filter pendulum,$(PAIR)),,$(LARGER))
 COMMON = --seed $(SEED) --resume
 MODEL ?= docs/pretrained/$(PAIR).pt
-demo: .venv/installed
-	$(if $(PAIR_$(PAIR)),,$(error PAIR must be pendulum, cup, finger or reacher, not '$(PAIR)'))
+demo: pair .venv/installed
 	$(if $(wildcard $(MODEL)),,$(error $(MODEL) does not exist; make scratch PAIR=$(PAIR) trains a model first))
 	@$(MAKE) --no-print-directory -j2 $(RUNS)/source-policy/done $(RUNS)/adapted-policy/done MODEL=$(MODEL)
 	$(PY) docs/figures/demo.py --runs $(RUNS) --source $(SOURCE) --target $(TARGET)
-scratch: .venv/installed
+pair:
 	$(if $(PAIR_$(PAIR)),,$(error PAIR must be pendulum, cup, finger or reacher, not '$(PAIR)'))
+scratch: pair .venv/installed
 	@echo "On two cores the pendulum takes about 45 minutes, another pair two hours: docs/results.md"
 	@$(MAKE) --no-print-directory $(RUNS)/model.pt
 	@$(MAKE) --no-print-directory demo MODEL=$(RUNS)/model.pt
 # 1. the world model, in the source, and its policy
-$(RUNS)/source/done: | .venv/installed
+$(RUNS)/model.pt: | .venv/installed
 	$(PY) draw_pretrain.py laptop $(SIZES) $(STAGE1) --env-id $(SOURCE) --run-dir $(RUNS)/source $(COMMON)
-	@touch $@
-$(RUNS)/model.pt: $(RUNS)/source/done
 	$(PY) train_policy.py laptop $(STAGE3) --checkpoint $(RUNS)/source/draw.pt --dataset $(RUNS)/source/replay \
 		--run-dir $(RUNS)/source-training $(COMMON)
 	$(PY) docs/pretrained/pack.py --draw $(RUNS)/source/draw.pt --policy $(RUNS)/source-training --out $@
@@ -91,15 +82,18 @@ $(RUNS)/source-policy/done: | .venv/installed
 		--eval-env-ids $(SOURCE) $(TARGET) --run-dir $(RUNS)/source-policy $(COMMON) \
 		> $(RUNS)/source-policy.log 2>&1 || { tail -n 1 $(RUNS)/source-policy.log >&2; exit 1; }
 	@touch $@
-# 2. and 3. the residual, from target data without rewards, and a policy in the rectified imagination
-ADAPT = $(PY) redraw_adapt.py laptop $(STAGE2) --checkpoint $(MODEL) --target-env-id $(TARGET) $(COMMON)
-TRAIN = $(PY) train_policy.py laptop $(STAGE3) $(COMMON)
-$(RUNS)/adapted-policy/done: | .venv/installed
-	$(ADAPT) --run-dir $(RUNS)/adapted
-	$(TRAIN) --checkpoint $(RUNS)/adapted/best.pt --dataset $(RUNS)/adapted/dataset.npz \
-		--eval-env-ids $(TARGET) --run-dir $(RUNS)/adapted-policy
+# 2. and 3. the residual, from 40,000 rows of the target without rewards, and a policy in it. 24,000
+# are of a disturbed expert, if there is one (the finger has none yet), the others of random actions.
+EXPERT = $(if $(filter finger,$(PAIR)),,$(RUNS)/expert.npz)
+$(RUNS)/expert.npz: | .venv/installed
+	$(PY) docs/figures/experts.py record --env-id $(TARGET) --rows 24000 --noise 0.5 --image-size 32 \
+		--seed $(SEED)000 --out $@
+$(RUNS)/adapted-policy/done: $(EXPERT) | .venv/installed
+	$(PY) redraw_adapt.py laptop $(STAGE2) --checkpoint $(MODEL) --target-env-id $(TARGET) $(COMMON) \
+		--run-dir $(RUNS)/adapted $(if $(EXPERT),--dataset $(EXPERT) --collect-steps 16000)
+	$(PY) train_policy.py laptop $(STAGE3) --checkpoint $(RUNS)/adapted/best.pt $(COMMON) \
+		--dataset $(RUNS)/adapted/dataset.npz --eval-env-ids $(TARGET) --run-dir $(RUNS)/adapted-policy
 	@touch $@
-
 # ---- The same on the Duckiebot simulator; the loop that drives a robot records the target's data ---
 SIZE ?= small
 VARIANT ?= Reversed
@@ -113,7 +107,6 @@ duckietown: $(T)/policy/done
 $(TOWN)/source/done: | .venv/duckietown
 	$(PY) draw_pretrain.py duckietown $(TOWN1) $(STAGE1) --run-dir $(TOWN)/source $(COMMON)
 	@touch $@
-# random actions, and the simulator's expert in the place of a person
 $(T)/data/%.npz: | .venv/duckietown
 	@mkdir -p $(@D)
 	$(DRIVE) --drive $* --max-seconds 500 --image-size 32 --record $@

@@ -153,11 +153,12 @@ CHANGES = {
     "save_every":     (8_000,    12_000),
     "episode_steps":  (100,      30),
     "image_size":     (32,       32),
+    "start_speed":    (10.0,     0.0),      # at rest it hardly ever comes through the top fast
     "augment":        (0.0,      0.5),      # a real camera looks a little different
     "collect":        ("mixed",  "mixed"),
     "prefill":        (16_000,   12_000),
     "hold":           (16.0,     5.0),      # the pendulum swings far only if a torque lasts
-    "gain":           (2.0,      1.0),      # half at full force: it passes the top with speed
+    "gain":           (2.0,      1.0),      # half of them at full force
     "replay_size":    (200_000,  200_000),
     # world model
     "S":              (64,       64),

@@ -42,7 +42,7 @@ CHECK_EVERY = 10_000  # steps of training between two looks at the return
 INERTIA = 0.251  # of the pendulum, kg m^2
 WEIGHT = 4.905  # mass * gravity * length of the pendulum, N·m
 LINK = 0.12  # length of either link of the reacher, m
-HOLD = 16  # steps for which a random action of `record` is held
+HOLD = 32  # steps for which a random action of `record` is held
 
 
 # ---- Environments ------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def record(
         env_id: environment, e.g. redraw/BallInCupCatchWindy-v0
         out: the .npz file to write
         rows: how many; the last episode may be cut short
-        noise: share of steps with a random action, which is held for 16 steps
+        noise: share of steps with a random action, which is held for 32 steps
         image_size: pixels
         seed: of the first episode; each further one has the next
     """
@@ -316,7 +316,8 @@ def record(
         while True:
             if age % HOLD == 0:
                 is_random = rng.random() < noise
-                held = rng.uniform(-1.0, 1.0, env.action_space.shape)
+                # Mostly at full force: it throws the expert into states that it never seeks.
+                held = rng.uniform(-4.0, 4.0, env.action_space.shape).clip(-1.0, 1.0)
             action = held if is_random else expert(true_state(env))
             data["image"].append(observation["image"])
             data["vector"].append(observation["vector"])
