@@ -98,6 +98,7 @@ class Args:
     updates: int = 3_000_000
     batch: int = 16  # B, sequences an update
     length: int = 64  # T, steps of a sequence; longer: beliefs that have run for longer
+    soft: float = 0.0  # share of sequences with z = q, not samples of it: --learn search dreams so
 
 
 LAPTOP = Args(
@@ -113,6 +114,7 @@ LAPTOP = Args(
     updates=6000,
     batch=64,
     length=8,
+    soft=0.7,
 )
 DUCKIETOWN = dataclasses.replace(
     LAPTOP,
@@ -122,6 +124,7 @@ DUCKIETOWN = dataclasses.replace(
     episode_steps=50,
     hidden=256,
     updates=3000,
+    soft=0.0,
 )
 PRESETS = {
     "laptop": ("minutes on two CPU cores", LAPTOP),
@@ -198,12 +201,16 @@ def mean_kl(draw, dynamics, data, rows, length):
     return kl_categorical(log_q, dynamics.log_prior(u))[~first].mean().item()
 
 
-def sequences(data, rows, starts, length):
+def sequences(data, rows, starts, length, soft=0.0):
     """Sequences of `length` rows that begin at the starts-th of `rows`: log_q and samples z
-    (B, T, S, K), action (B, T, A), is_first (B, T)."""
+    (B, T, S, K), action (B, T, A), is_first (B, T). In a share `soft` of them z is q itself."""
     t = torch.from_numpy(rows[starts[:, None] + np.arange(length)]).to(data["log_q"].device)
     log_q = data["log_q"][t]
-    return log_q, sample_onehot(log_q.exp()), data["action"][t], data["is_first"][t]
+    z = sample_onehot(log_q.exp())
+    if soft:
+        is_soft = torch.rand(len(t), 1, 1, 1, device=z.device) < soft
+        z = torch.where(is_soft, log_q.exp(), z)
+    return log_q, z, data["action"][t], data["is_first"][t]
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -273,7 +280,7 @@ def main(args):
     for update in bar:
         if update > 0:  # 0 only evaluates
             starts = np.random.randint(0, len(rows["train"]) - args.length + 1, args.batch)
-            batch = sequences(data, rows["train"], starts, args.length)
+            batch = sequences(data, rows["train"], starts, args.length, args.soft)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 kl, mask = loss_of(draw, rectified, *batch)
             loss = kl.sum() / mask.sum().clamp(min=1)
@@ -319,7 +326,7 @@ def check(args):
     check_range(args, 2, 10**12, "dataset_rows")
     check_range(args, 0, 10**9, "updates")
     check_range(args, 0, 0.9, "holdout")
-    check_range(args, 0, 1, "collect_noise")
+    check_range(args, 0, 1, "collect_noise", "soft")
 
 
 def source_range(checkpoint):

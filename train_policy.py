@@ -121,7 +121,7 @@ LAPTOP = Args(
     eval_every=0,
     eval_episodes=40,
     # imagination
-    updates=500,
+    updates=300,
     batch=64,
     length=2,
     starts=64,

@@ -252,6 +252,7 @@ FLAGS = [
             ("--finetune-lr nan", "--finetune-lr"),
             ("--inputs z",),
             ("--hidden 0", "--hidden"),
+            ("--soft 1.1", "--soft"),
             ("--hidden 1000000000000", "--hidden"),
             ("--layers 0", "--layers"),
             ("--members 0", "--members"),
