@@ -15,6 +15,7 @@ from torch import nn
 
 import common
 import draw_pretrain
+import redraw_adapt
 import train_policy
 from common import (
     BINS,
@@ -534,3 +535,16 @@ def test_policy_learns_to_do_what_pays(monkeypatch, tmp_path):
     )
     z = sample_onehot(torch.full((100, TINY.S, TINY.K), 1 / TINY.K))
     assert policy.actor(z).mean.mean() > 0.5
+
+
+def test_a_share_of_the_residual_s_sequences_is_soft():
+    """z is q itself in `soft` of the sequences, as search imagines, a sample in the others."""
+    N, T = 400, 4
+    log_q = unimix(torch.randn(N, 3, 4))
+    data = {"log_q": log_q, "action": torch.zeros(N, 1), "is_first": torch.zeros(N, dtype=bool)}
+    starts = np.arange(0, N - T, 2)
+    for soft in (0.0, 0.5, 1.0):
+        seen, z, _, _ = redraw_adapt.sequences(data, np.arange(N), starts, T, soft)
+        is_soft = (z == seen.exp()).flatten(1).all(1)
+        one_hot = ((z == 0) | (z == 1)).flatten(1).all(1)
+        assert (is_soft ^ one_hot).all() and abs(is_soft.float().mean() - soft) < 0.12
