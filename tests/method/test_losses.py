@@ -4,6 +4,7 @@ arithmetic counts."""
 import copy
 import dataclasses
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,7 +105,7 @@ PAPER = draw_pretrain.Args()
 def stub_draw(q, u, seen):
     """q log-probabilities and u logits, (B, T, S, K) each; `seen` collects the latents that the
     decoder was given"""
-    return SimpleNamespace(
+    draw = SimpleNamespace(
         encoder=lambda image, vector: torch.zeros(B, T, 5),
         posterior=lambda embed: q,
         observe=lambda z, action, first: u,
@@ -113,6 +114,8 @@ def stub_draw(q, u, seen):
         reward_head=lambda z: torch.zeros(B, T, BINS),
         continue_head=lambda z: torch.full((B, T, 1), 2.0),
     )
+    draw.reconstruction_errors = partial(DRAW.reconstruction_errors, draw)
+    return draw
 
 
 def stub_data():

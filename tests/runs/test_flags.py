@@ -41,6 +41,7 @@ STAGE_1 = {
     "vector_scale": (0.0, 1e9),
     "reward_scale": (0.0, 1e9),
     "soft_updates": (0, 10**9),
+    "start_speed": (0.0, 1e9),
     "horizon": (1, 20),
     "starts": (1, 36),
     "policy_start": (0, 10**9),
@@ -69,6 +70,7 @@ STAGE_2 = {
     "updates": (0, 9),
     "batch": (1, 70),
     "length": (2, 6),
+    "soft": (0.0, 1.0),
 }
 COLLECTING = {
     "collect_steps": (8, 200),
@@ -108,7 +110,7 @@ STAGE_3 = {
 OTHERS = shlex.split(
     """env_id run_dir overwrite resume device track bf16 compile parallel_envs image_size look
     collect steps prefill lr actor_lr critic_lr checkpoint dataset actions_lead target_env_id
-    collect_policy method inputs finetune_lr eval_env_ids warm_start learn"""
+    collect_policy method inputs finetune_lr eval_env_ids warm_start learn pessimism"""
 )
 TINY_1 = {
     "steps": 44,
