@@ -89,8 +89,8 @@ $(RUNS)/expert.npz: | .venv/installed
 	$(PY) docs/figures/experts.py record --env-id $(TARGET) --rows 24000 --noise 0.5 --image-size 32 \
 		--seed $(SEED)000 --out $@
 $(RUNS)/adapted-policy/done: $(EXPERT) | .venv/installed
-	$(PY) redraw_adapt.py laptop $(STAGE2) --checkpoint $(MODEL) --target-env-id $(TARGET) $(COMMON) \
-		--run-dir $(RUNS)/adapted $(if $(EXPERT),--dataset $(EXPERT) --collect-steps 16000)
+	$(PY) redraw_adapt.py laptop --checkpoint $(MODEL) --target-env-id $(TARGET) $(COMMON) \
+		--run-dir $(RUNS)/adapted $(if $(EXPERT),--dataset $(EXPERT) --collect-steps 16000) $(STAGE2)
 	$(PY) train_policy.py laptop $(STAGE3) --checkpoint $(RUNS)/adapted/best.pt $(COMMON) \
 		--dataset $(RUNS)/adapted/dataset.npz --eval-env-ids $(TARGET) --run-dir $(RUNS)/adapted-policy
 	@touch $@

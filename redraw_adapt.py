@@ -15,9 +15,10 @@ first three lines are `Rectified`. The fourth is `residual_loss`.
     python redraw_adapt.py laptop --checkpoint runs/source/draw.pt --run-dir runs/adapted \
         --target-env-id redraw/PendulumSwingupReversed-v0
 
-records runs/adapted/dataset.npz, without rewards (or --dataset: data of yours), writes best.pt
-(least KL on held-out episodes) and last.pt, and says how it went: report.txt, result.json and
-prediction.gif, real above predicted frames. Next: train_policy.py.
+records runs/adapted/dataset.npz, without rewards, writes best.pt (least KL on held-out episodes)
+and last.pt, and says how it went: report.txt, result.json and prediction.gif, real above predicted
+frames. --dataset takes data of yours; with both, the new rows are added to it. Next:
+train_policy.py.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ new virtual environments.
     python tests/fresh_install.py [python3.12 ...]     # which interpreters to make the virtual
     environments with (default: this one)
 
-runs `make demo` at its smallest size, checks the files that it leaves, and `make test`; it takes 5
+runs `make scratch` at its smallest size, checks the files that it leaves, and `make test`; it takes 5
 to 10 minutes for each. Not part of `make test`, which it calls.
 """
 
@@ -24,6 +24,7 @@ FILES = (
     "source/draw.pt",
     "source/curves.png",
     "source/prediction.gif",
+    "model.pt",
     "source-policy/policy.pt",
     "adapted/best.pt",
     "adapted/dataset.npz",
@@ -40,11 +41,11 @@ for python in sys.argv[1:] or [sys.executable]:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         env = {"HOME": str(home), "PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
         env |= {key: value for key, value in os.environ.items() if key.startswith("PIP_")}
-        for target in (["demo", *SMALLEST], ["test"]):
+        for target in (["scratch", *SMALLEST], ["test"]):
             done = subprocess.run(["make", *target, f"PYTHON={python}"], cwd=clone, env=env)
             if done.returncode:
                 sys.exit(f"{python}: make {target[0]} failed with {done.returncode}")
         missing = [f for f in FILES if not (clone / "runs/pendulum-1" / f).exists()]
         if missing:
-            sys.exit(f"{python}: make demo left no {', '.join(missing)}")
-        print(f"{python}: make demo and make test work")
+            sys.exit(f"{python}: make scratch left no {', '.join(missing)}")
+        print(f"{python}: make scratch and make test work")
