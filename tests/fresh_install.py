@@ -4,8 +4,8 @@ new virtual environments.
     python tests/fresh_install.py [python3.12 ...]     # which interpreters to make the virtual
     environments with (default: this one)
 
-runs `make scratch` at its smallest size, checks the files that it leaves, and `make test`; it takes 5
-to 10 minutes for each. Not part of `make test`, which it calls.
+runs `make scratch` at its smallest size, checks the files that it leaves, and `make test`; it takes
+some 15 minutes for each. Not part of `make test`, which it calls.
 """
 
 import os
