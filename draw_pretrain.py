@@ -686,8 +686,8 @@ class Collector:
         self.gain = args.gain
         self.noise = np.zeros((args.n_envs, sizes.action_size), np.float32)
         self.noise = held_noise(self.noise, 1.0, args.gain)
-        by_mean = args.learn == "search"
-        self.actors = {k: Policy(sizes, draw, p.actor, by_mean) for k, p in policies.items()}
+        self.by_mean = args.learn == "search"
+        self.actors = {k: Policy(sizes, draw, p.actor, self.by_mean) for k, p in policies.items()}
         self.names = ("explore", "task", "task") if args.collect == "mixed" else (args.collect,)
         self.who = np.full(args.n_envs, "random", "<U7")
         self.quiet = np.zeros(args.n_envs, bool)
@@ -695,7 +695,8 @@ class Collector:
     def act(self, obs, first, by_policies):
         """Actions (n_envs, A) for obs; first (n_envs,), whether an episode begins."""
         self.who[first] = np.random.choice(self.names, first.sum())
-        self.quiet[first] = np.random.rand(first.sum()) < 0.5
+        if self.by_mean:
+            self.quiet[first] = np.random.rand(first.sum()) < 0.5
         self.noise = held_noise(self.noise, self.hold, self.gain)
         action = self.noise.copy()
         added = 0.3 * self.noise * ~self.quiet[:, None]
@@ -703,7 +704,7 @@ class Collector:
             mine = self.who == name
             if by_policies and mine.any():
                 action[mine] = policy(obs["image"][mine], obs["vector"][mine])
-                if policy.by_mean:
+                if self.by_mean:
                     action[mine] = np.clip(action[mine] + added[mine], -1.0, 1.0)
         return action
 

@@ -3,6 +3,7 @@ in the sources (noise of samples) is recorded as it is drawn, and given to the s
 
 import dataclasses
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,6 +51,7 @@ import draw_pretrain
 import redraw_adapt
 from common import (
     BINS,
+    DRAW,
     Actor,
     Rectified,
     kl_categorical,
@@ -473,6 +475,7 @@ def test_the_two_sides_of_the_kl():
         reward_head=lambda z: torch.zeros(2, 6, BINS),
         continue_head=lambda z: torch.zeros(2, 6, 1),
     )
+    draw.reconstruction_errors = partial(DRAW.reconstruction_errors, draw)
     grads = torch.autograd.grad(
         world_model_loss(draw, data, draw_pretrain.Args(), 0.0)[0], (logits_q, u)
     )
