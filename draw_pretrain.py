@@ -95,9 +95,9 @@ class Args:
     episode_steps: int | None = None  # end episodes after so many steps: more start states
     image_size: int = 64  # pixels of a side, for this project's environments
     look: Literal["fast", "stock"] = "fast"  # of this project's; stock is dm_control's own, slower
-    start_speed: float = 0.0  # likewise; larger: half of the episodes start faster, in rad/s or m/s
+    start_speed: float = 0.0  # of this project's; half of the episodes start at up to +-this speed
     augment: float = 0.0  # 0 to 1: changes of looks (RGB only) that the encoder sees: more robust
-    collect: Literal["explore", "task", "random", "mixed"] = "explore"  # mixed: 2 in 3 are task
+    collect: Literal["explore", "task", "random", "mixed"] = "explore"  # mixed: 2 in 3 are task's
     prefill: int = 1024  # random steps before the first update
     hold: float = 1.0  # steps that a random action lasts on average; larger: farther swings
     gain: float = 1.0  # random actions lie in +-gain, then cut to +-1; larger: more at full force
@@ -291,8 +291,10 @@ class Ensemble(nn.Module):
 
 
 def imagine(actor, dynamics, z, sigma, horizon, noise=None):
-    """Trajectories of the actor and the dynamics from z, sigma (B, S, K): samples, or with noise
-    (horizon, B, A), which is added to the actor's mean, z_t is the prior p(z_t | ...) itself.
+    """Trajectories of the actor and the dynamics from z, sigma (B, S, K).
+
+    Without noise a_t and z_t are samples. With noise (horizon, B, A) nothing is sampled: a_t is the
+    actor's mean plus noise_t, and z_t is the prior p(z_t | ...) itself, probabilities.
 
     Returns: z_0 .. z_H and sigma_0 .. sigma_H (H+1, B, S, K), a_0 .. a_{H-1} (H, B, A).
     """
@@ -398,7 +400,7 @@ def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     for t in range(1, args.horizon):
         lasts = torch.rand(B * M, 1, device=z.device) >= 1 / 8
         noise[t] = torch.where(lasts, noise[t - 1], noise[t])
-    noise *= deviation.repeat(B)[:, None]
+    noise *= deviation.repeat(B)[:, None]  # (H, B M, A)
     zs, sigmas, actions = imagine(policy.actor, dynamics, z, sigma, args.horizon, noise)
     alive = alive.repeat_interleave(M)  # (B M,), 0 or 1: nothing follows a terminal start
     reward = alive * reward_of(zs[:-1], sigmas[:-1], actions, zs[1:])  # (H, B M)
@@ -677,8 +679,8 @@ def continued(args, ends, z, sigma, alive):
 class Collector:
     """Who acts in which environment: random actions or, by episode, one of the policies.
 
-    A policy that acts by its mean adds noise in every other episode. The quiet episodes go where it
-    will go when it is deployed, which is where the world model must be right.
+    A policy that acts by its mean adds noise in half of its episodes. The others, the quiet ones,
+    go where it will go when it is deployed. There the world model must be right.
     """
 
     def __init__(self, args, sizes, draw, policies):

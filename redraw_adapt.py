@@ -99,7 +99,7 @@ class Args:
     updates: int = 3_000_000
     batch: int = 16  # B, sequences an update
     length: int = 64  # T, steps of a sequence; longer: beliefs that have run for longer
-    soft: float = 0.0  # share of sequences with z = q, not samples of it: --learn search dreams so
+    soft: float = 0.0  # share of sequences with z = q, no samples; search imagines with such z
 
 
 LAPTOP = Args(
@@ -466,7 +466,8 @@ def report(run, args, checkpoint, draw, rectified, dataset, data, rows):
     words = verdicts(figures) if home else ["NO VERDICT: stage 1 was not finished"]
     text = f"{args.method}; KL in nats a step, squared errors, shares\n"
     for name, numbers in figures.items():
-        text += f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()) + "\n"
+        words_of = [f"{k} {v if isinstance(v, int) else f'{v:.4g}'}" for k, v in numbers.items()]
+        text += f"{name}: {', '.join(words_of)}\n"
     text += "\n".join(words) + "\n"
     print(text, end="")
     result = json.dumps({**figures, "verdicts": words}, indent=1)

@@ -164,8 +164,10 @@ PRESETS = {
 
 
 def imagine(actor, dynamics, z, sigma, horizon, noise=None):
-    """Trajectories of the actor and the dynamics from z, sigma (B, S, K): samples, or with noise
-    (horizon, B, A), which is added to the actor's mean, z_t is the prior p(z_t | ...) itself.
+    """Trajectories of the actor and the dynamics from z, sigma (B, S, K).
+
+    Without noise a_t and z_t are samples. With noise (horizon, B, A) nothing is sampled: a_t is the
+    actor's mean plus noise_t, and z_t is the prior p(z_t | ...) itself, probabilities.
 
     Returns: z_0 .. z_H and sigma_0 .. sigma_H (H+1, B, S, K), a_0 .. a_{H-1} (H, B, A).
     """
@@ -271,7 +273,7 @@ def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     for t in range(1, args.horizon):
         lasts = torch.rand(B * M, 1, device=z.device) >= 1 / 8
         noise[t] = torch.where(lasts, noise[t - 1], noise[t])
-    noise *= deviation.repeat(B)[:, None]
+    noise *= deviation.repeat(B)[:, None]  # (H, B M, A)
     zs, sigmas, actions = imagine(policy.actor, dynamics, z, sigma, args.horizon, noise)
     alive = alive.repeat_interleave(M)  # (B M,), 0 or 1: nothing follows a terminal start
     reward = alive * reward_of(zs[:-1], sigmas[:-1], actions, zs[1:])  # (H, B M)

@@ -63,10 +63,9 @@ def train(folder, checkpoint, dataset, env_id, *flags):
 
 
 def record_expert(out, env_id, rows, *flags):
-    """Data of the best known controller, a third of the time disturbed, at the shipped models' 32
-    pixels"""
+    """Records the best known controller, half of the time disturbed, in 32x32 pixels"""
     command = ["docs/figures/experts.py", "record", "--env-id", env_id, "--out", out]
-    command += ["--rows", rows, "--noise", 0.3, "--image-size", 32]
+    command += ["--rows", rows, "--noise", 0.5, "--image-size", 32]
     return Stage([*command, *flags], Path(out))
 
 
