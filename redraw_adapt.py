@@ -24,6 +24,7 @@ train_policy.py.
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -100,6 +101,8 @@ class Args:
     batch: int = 16  # B, sequences an update
     length: int = 64  # T, steps of a sequence; longer: beliefs that have run for longer
     soft: float = 0.0  # share of sequences with z = q, no samples; search imagines with such z
+    l2: float = 0.0  # weight of the mean square of e in the loss; larger: nearer to the source
+    ema_decay: float = 0.0  # delta is judged and saved as an average of 1 / (1 - ema_decay) updates
 
 
 LAPTOP = Args(
@@ -116,6 +119,8 @@ LAPTOP = Args(
     batch=64,
     length=8,
     soft=0.7,
+    l2=0.03,
+    ema_decay=0.997,  # the last updates' noise is what imagination exploits
 )
 DUCKIETOWN = dataclasses.replace(
     LAPTOP,
@@ -137,12 +142,14 @@ PRESETS = {
 # ---- The method ----------------------------------------------------------------------------------
 
 
-def residual_loss(draw, rectified, log_q, z, action, is_first):
+def residual_loss(draw, rectified, log_q, z, action, is_first, l2=0.0):
     """KL( sg q(z_t | x_t) || Categorical(softmax(u_t)) ) along replayed target sequences.
+
+    l2, not in the paper, adds l2 times the mean square of e_t: what need not change does not.
 
     Args: rectified: a Rectified that has a delta; log_q (B, T, S, K), from the frozen encoder; z,
         samples of it (B, T, S, K); action (B, T, A), taken AT x_t; is_first: bool (B, T).
-    Returns: KL (B, T), 0 at first steps, and the mask (B, T) of the other steps.
+    Returns: loss (B, T), 0 at first steps, and the mask (B, T) of the other steps.
     """
     z_prev, a_prev, first = draw.previous(z, action, is_first)
     if rectified.inputs == "za":
@@ -155,7 +162,7 @@ def residual_loss(draw, rectified, log_q, z, action, is_first):
     u = base + e  # (members, B, T, S, K), has a gradient through e alone
     # Each member by itself predicts q; the belief is that of their mean.
     kl = kl_categorical(log_q.detach(), rectified.log_prior(u)).mean(0)
-    return kl * ~first, ~first
+    return (kl + l2 * e.square().mean((0, -2, -1))) * ~first, ~first
 
 
 @torch.no_grad()
@@ -187,6 +194,13 @@ def finetune_loss(draw, rectified, log_q, z, action, is_first):
     u = draw.observe(z, action, is_first)  # (B, T, S, K)
     kl = kl_categorical(log_q.detach(), rectified.log_prior(u))
     return 1.5 * kl.clamp(min=1.0) * ~first, ~first
+
+
+@torch.no_grad()
+def follow(average, module, rate):
+    """Moves the weights of `average` towards those of module by the share `rate`."""
+    for slow, fast in zip(average.parameters(), module.parameters(), strict=True):
+        slow.lerp_(fast, rate)
 
 
 @torch.no_grad()
@@ -225,6 +239,8 @@ def main(args):
     draw = load_draw(checkpoint, device)
     rectified = Rectified(draw, args.method, args.hidden, args.layers, args.inputs, args.members)
     rectified.to(device)
+    averaged = Rectified(draw, **rectified.options).to(device)
+    averaged.load_state_dict(rectified.state_dict())
 
     # Mistakes in flags and data are found before the folder is made.
     folder = args.run_dir or f"runs/adapt-{args.method}-{args.seed}"
@@ -250,7 +266,7 @@ def main(args):
         rows = split_episodes(dataset["is_first"], args)
     data = encode(draw, dataset, device)  # each frame once; no update touches an image
 
-    loss_of = residual_loss
+    loss_of = partial(residual_loss, l2=args.l2)
     trained = list(rectified.parameters())
     lr = args.lr
     if not rectified.uses_delta:  # finetune, and none, which makes no update
@@ -267,13 +283,13 @@ def main(args):
         "args": dataclasses.asdict(args),
         "sizes": checkpoint["sizes"],
         "draw": draw.state_dict(),  # shares the memory of the weights, so it is always up to date
-        "rectified": rectified.state_dict(),
-        "rectified_options": rectified.options,
+        "rectified": averaged.state_dict(),
+        "rectified_options": averaged.options,
         "source_actor": checkpoint.get("task_actor"),  # for --warm-start of stage 3
         "source_critic": checkpoint.get("task_critic"),
     }
 
-    modules = {"draw": draw, "rectified": rectified, "adam": adam}
+    modules = {"draw": draw, "rectified": rectified, "averaged": averaged, "adam": adam}
     saved = run.resume(modules)
     best = saved.get("best", np.inf)
     updates = 0 if args.method == "none" else args.updates
@@ -283,15 +299,16 @@ def main(args):
             starts = np.random.randint(0, len(rows["train"]) - args.length + 1, args.batch)
             batch = sequences(data, rows["train"], starts, args.length, args.soft)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                kl, mask = loss_of(draw, rectified, *batch)
-            loss = kl.sum() / mask.sum().clamp(min=1)
+                losses, mask = loss_of(draw, rectified, *batch)
+            loss = losses.sum() / mask.sum().clamp(min=1)
             adam.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(trained, 1000.0)
             adam.step()
+            follow(averaged, rectified, max(1.0 / update, 1.0 - args.ema_decay))
 
         if update % args.log_every == 0 or update == updates:
-            kls = {part: mean_kl(draw, rectified, data, rows[part], args.length) for part in rows}
+            kls = {part: mean_kl(draw, averaged, data, rows[part], args.length) for part in rows}
             bar.set_postfix(kls)
             run.log(update, {f"adapt/kl_{part}": kl for part, kl in kls.items()})
             if update > 0:
@@ -303,7 +320,7 @@ def main(args):
             run.save(update, modules, update=update, best=best)
     run.no_more_saves()
     run.write("last.pt", updates=updates, **result)
-    report(run, args, checkpoint, draw, rectified, dataset, data, rows)
+    report(run, args, checkpoint, draw, averaged, dataset, data, rows)
     run.close()
     print(f"wrote best.pt, last.pt, report.txt, result.json and prediction.gif in {run.dir}")
 
@@ -328,6 +345,8 @@ def check(args):
     check_range(args, 0, 10**9, "updates")
     check_range(args, 0, 0.9, "holdout")
     check_range(args, 0, 1, "collect_noise", "soft")
+    check_range(args, 0, 1 - 1e-9, "ema_decay")
+    check_range(args, 0, 10**6, "l2")
 
 
 def source_range(checkpoint):

@@ -257,8 +257,11 @@ the residual's belief goes on over a border
 -        sigma = torch.where(first[:, t, None, None], sigma0, sigma)
 +        pass
 the first step is learned
--return kl * ~first, ~first
-+return kl, ~first
+-return (kl + l2 * e.square().mean((0, -2, -1))) * ~first, ~first
++return kl + l2 * e.square().mean((0, -2, -1)), ~first
+large corrections cost nothing
+-return (kl + l2 * e.square().mean((0, -2, -1))) * ~first, ~first
++return kl * ~first, ~first
 fine-tuning without its free nat
 -return 1.5 * kl.clamp(min=1.0) * ~first, ~first
 +return 1.5 * kl * ~first, ~first
@@ -267,9 +270,12 @@ fine-tuning without its scale
 +return kl.clamp(min=1.0) * ~first, ~first
 
 == redraw_adapt.py | method/test_gradients.py -k stage_2
+the last weights are saved, not their average
+-"rectified": averaged.state_dict(),
++"rectified": rectified.state_dict(),
 adaptation KL teaches the encoder
--return kl_categorical(log_q.detach(), rectified.log_prior(u)) * ~first, ~first
-+return kl_categorical(log_q, rectified.log_prior(u)) * ~first, ~first
+-kl = kl_categorical(log_q.detach(), rectified.log_prior(u)).mean(0)
++kl = kl_categorical(log_q, rectified.log_prior(u)).mean(0)
 fine-tuning leaves the initial state out
 -trained = [*draw.dynamics_net.parameters(), draw.initial_logits]
 +trained = list(draw.dynamics_net.parameters())

@@ -218,12 +218,12 @@ def test_batches_of_stage_2(monkeypatch, tmp_path, numbered):
         episodes[False] |= set((rows // 10).tolist())
         return mean_kl(draw, dynamics, data, rows, length)
 
-    def compare(draw, rectified, q, z, action, is_first):
+    def compare(draw, rectified, q, z, action, is_first, l2):
         number = check_sequences(action, is_first, rows)
         assert torch.allclose(q, posterior[number], atol=1e-5)
         assert (z * q.exp()).sum(-1).min() > 0  # a sample, of what is not impossible
         episodes[True] |= set((number // 10).flatten().tolist())
-        return original(draw, rectified, q, z, action, is_first)
+        return original(draw, rectified, q, z, action, is_first, l2)
 
     monkeypatch.setattr(redraw_adapt, "residual_loss", compare)
     monkeypatch.setattr(redraw_adapt, "mean_kl", looked_at)

@@ -59,6 +59,41 @@ def test_stage_2_changes_its_own_parameters_alone(monkeypatch, tmp_path, method)
     assert changed(source["draw"], best["draw"]) <= own
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_stage_2_saves_the_average_of_its_weights(monkeypatch, tmp_path, decay):
+    """With decay 0.9 and 3 updates that is their mean; without, the last ones."""
+    save_dataset(tmp_path / "data.npz", random_rows(40))
+    save_tiny_draw(tmp_path / "draw.pt")
+    weights = []
+    step = torch.optim.Adam.step
+
+    def recorded(self):
+        step(self)
+        weights.append([p.detach().clone() for p in self.param_groups[0]["params"]])
+
+    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
+    redraw_adapt.main(
+        redraw_adapt.Args(
+            str(tmp_path / "draw.pt"),
+            dataset=str(tmp_path / "data.npz"),
+            run_dir=str(tmp_path / "run"),
+            device="cpu",
+            hidden=8,
+            updates=3,
+            batch=4,
+            length=5,
+            log_every=3,
+            ema_decay=decay,
+        )
+    )
+    saved = load_checkpoint(tmp_path / "run" / "last.pt", ("redraw_adapt",))["rectified"]
+    assert len(weights) == 3 and len(saved) == len(weights[0])
+    for value, *of_updates in zip(saved.values(), *weights, strict=True):
+        expected = torch.stack(of_updates).mean(0) if decay else of_updates[-1]
+        assert torch.allclose(value, expected, atol=1e-7)
+        assert decay == 0.0 or not torch.allclose(value, of_updates[-1], atol=1e-7)
+
+
 @pytest.mark.parametrize("method, lr", [("residual", 0.01), ("replace", 0.01), ("finetune", 1e-4)])
 def test_stage_2_has_a_learning_rate_for_each_method(monkeypatch, tmp_path, method, lr):
     """The first step of Adam is as long as its learning rate, for each weight with a gradient."""

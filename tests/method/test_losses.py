@@ -36,7 +36,7 @@ from common import (
     unimix,
 )
 from draw_pretrain import Ensemble, world_model_loss
-from redraw_adapt import residual_loss
+from redraw_adapt import follow, residual_loss
 
 STEP = 40 / (BINS - 1)  # between two bins; bin 127 lies at 0
 
@@ -431,6 +431,18 @@ def test_residual_loss_is_the_kl_along_the_recurrence(inputs):
     assert (kl[mask] > 0).all() and not kl[~mask].any()
     # The posterior is the teacher.
     assert torch.autograd.grad(kl.sum(), other, allow_unused=True) == (None,)
+
+
+def test_the_average_of_delta_starts_as_a_mean_and_then_forgets():
+    """After updates 1, 2 and 3 the mean of their weights, from then on the last ones count more"""
+    weights = [[1.0, -2.0], [4.0, 0.0], [1.0, 5.0], [12.0, 1.0]]
+    module, average = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+    expected = [[1.0, -2.0], [2.5, -1.0], [2.0, 1.0], [2.0 + 10.0 / 3.0, 1.0]]
+    for update, (now, then) in enumerate(zip(weights, expected, strict=True), 1):
+        module.weight.data = torch.tensor([now])
+        follow(average, module, max(1.0 / update, 1.0 / 3.0))
+        assert torch.allclose(average.weight.data, torch.tensor([then]))
+        assert torch.equal(module.weight.data, torch.tensor([now]))
 
 
 # ---- stage 3, whose algorithm stands in its main(): run it on a world model of which everything is

@@ -209,12 +209,23 @@ def test_residual_loss(method, options):
     kl, mask = residual_loss(draw, rectified, log_q, z, action, first)
     close(kl, expected)
     assert [tuple(bt) for bt in mask.nonzero().tolist()] == predicted(first)
+    # The penalty of large corrections: e is what u has beside f.
+    for b, t, _, u_of_members in member_cases(draw, rectified, log_q, z, action, first, us):
+        e = np.array(u_of_members) - base_of(draw, rectified, z, action, us, b, t)
+        expected[b, t] += 0.5 * np.mean(e**2)
+    close(residual_loss(draw, rectified, log_q, z, action, first, l2=0.5)[0], expected)
     u = torch.tensor(us, dtype=torch.float32)
     if len(rectified.delta) == 1:
         # Posteriors just like the prediction too: no free bits lift a small KL.
         kl, _ = residual_loss(draw, rectified, rectified.log_prior(u), z, action, first)
         close(kl, np.zeros((3, 7)), atol=1e-4)
     close(rectified.prior(softmax(u)), rectified.log_prior(u).exp())
+
+
+def base_of(draw, rectified, z, action, us, b, t):
+    """f's logits of step t, after the belief of step t - 1"""
+    sigma = softmax64(us[b][t - 1])
+    return base64(draw, rectified)(double(z[b, t - 1]), sigma, double(action[b, t - 1]))
 
 
 def member_cases(draw, rectified, log_q, z, action, first, us):

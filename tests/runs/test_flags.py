@@ -71,6 +71,8 @@ STAGE_2 = {
     "batch": (1, 70),
     "length": (2, 6),
     "soft": (0.0, 1.0),
+    "l2": (0.0, 10**6),
+    "ema_decay": (0.0, 1 - 1e-9),
 }
 COLLECTING = {
     "collect_steps": (8, 200),
