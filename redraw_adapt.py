@@ -101,7 +101,7 @@ class Args:
     batch: int = 16  # B, sequences an update
     length: int = 64  # T, steps of a sequence; longer: beliefs that have run for longer
     soft: float = 0.0  # share of sequences with z = q, no samples; search imagines with such z
-    l2: float = 0.0  # weight of the mean square of e in the loss; larger: nearer to the source
+    l2: float = 0.0  # of `residual`: weight of e's mean square; larger: nearer to the source
     ema_decay: float = 0.0  # delta is judged and saved as an average of 1 / (1 - ema_decay) updates
 
 
@@ -266,7 +266,8 @@ def main(args):
         rows = split_episodes(dataset["is_first"], args)
     data = encode(draw, dataset, device)  # each frame once; no update touches an image
 
-    loss_of = partial(residual_loss, l2=args.l2)
+    # e is a correction in `residual` alone; in `replace` it is all there is.
+    loss_of = partial(residual_loss, l2=args.l2 if args.method == "residual" else 0.0)
     trained = list(rectified.parameters())
     lr = args.lr
     if not rectified.uses_delta:  # finetune, and none, which makes no update
