@@ -262,6 +262,7 @@ def main(args):
     if recording:
         path.unlink(missing_ok=True)  # an older run's, which --resume must not take
         dataset = joined(dataset, collect(args, envs, policy))
+        del envs, policy  # and the renderers' memory
         save_dataset(path, dataset)
         rows = split_episodes(dataset["is_first"], args)
     data = encode(draw, dataset, device)  # each frame once; no update touches an image
