@@ -102,7 +102,7 @@ class Args:
     length: int = 64  # T, steps of a sequence; longer: beliefs that have run for longer
     soft: float = 0.0  # share of sequences with z = q, no samples; search imagines with such z
     l2: float = 0.0  # of `residual`: weight of e's mean square; larger: nearer to the source
-    ema_decay: float = 0.0  # delta is judged and saved as an average of 1 / (1 - ema_decay) updates
+    ema_decay: float = 0.0  # larger: weights are saved as an average of more updates, 1 / (1 - it)
 
 
 LAPTOP = Args(
@@ -196,11 +196,23 @@ def finetune_loss(draw, rectified, log_q, z, action, is_first):
     return 1.5 * kl.clamp(min=1.0) * ~first, ~first
 
 
+def what_learns(args, draw, rectified):
+    """A method's loss, the parameters that learn from it, and their learning rate"""
+    if rectified.uses_delta:
+        # e is a correction in `residual` alone; in `replace` it is all there is.
+        l2 = args.l2 if args.method == "residual" else 0.0
+        return partial(residual_loss, l2=l2), list(rectified.parameters()), args.lr
+    # finetune, and none, which makes no update
+    trained = [*draw.dynamics_net.parameters(), draw.initial_logits]
+    return finetune_loss, trained, args.finetune_lr
+
+
 @torch.no_grad()
 def follow(average, module, rate):
-    """Moves the weights of `average` towards those of module by the share `rate`."""
+    """Moves the trained weights of `average` towards those of module by the share `rate`."""
     for slow, fast in zip(average.parameters(), module.parameters(), strict=True):
-        slow.lerp_(fast, rate)
+        if fast.requires_grad:
+            slow.lerp_(fast, rate)
 
 
 @torch.no_grad()
@@ -239,8 +251,11 @@ def main(args):
     draw = load_draw(checkpoint, device)
     rectified = Rectified(draw, args.method, args.hidden, args.layers, args.inputs, args.members)
     rectified.to(device)
-    averaged = Rectified(draw, **rectified.options).to(device)
-    averaged.load_state_dict(rectified.state_dict())
+    # What is judged and saved: the same two, with the average of the trained weights.
+    mean_draw = load_draw(checkpoint, device)
+    mean_rectified = Rectified(mean_draw, **rectified.options).to(device)
+    mean_rectified.load_state_dict(rectified.state_dict())
+    means = (mean_draw, mean_rectified)
 
     # Mistakes in flags and data are found before the folder is made.
     folder = args.run_dir or f"runs/adapt-{args.method}-{args.seed}"
@@ -267,14 +282,7 @@ def main(args):
         rows = split_episodes(dataset["is_first"], args)
     data = encode(draw, dataset, device)  # each frame once; no update touches an image
 
-    # e is a correction in `residual` alone; in `replace` it is all there is.
-    loss_of = partial(residual_loss, l2=args.l2 if args.method == "residual" else 0.0)
-    trained = list(rectified.parameters())
-    lr = args.lr
-    if not rectified.uses_delta:  # finetune, and none, which makes no update
-        loss_of = finetune_loss
-        trained = [*draw.dynamics_net.parameters(), draw.initial_logits]
-        lr = args.finetune_lr
+    loss_of, trained, lr = what_learns(args, draw, rectified)
     for parameter in trained:
         parameter.requires_grad_(True)
     adam = torch.optim.Adam(trained, lr, eps=1e-8, fused=True)
@@ -284,14 +292,16 @@ def main(args):
         "stage": "redraw_adapt",
         "args": dataclasses.asdict(args),
         "sizes": checkpoint["sizes"],
-        "draw": draw.state_dict(),  # shares the memory of the weights, so it is always up to date
-        "rectified": averaged.state_dict(),
-        "rectified_options": averaged.options,
+        # They share the memory of the weights, so they are always up to date.
+        "draw": mean_draw.state_dict(),
+        "rectified": mean_rectified.state_dict(),
+        "rectified_options": rectified.options,
         "source_actor": checkpoint.get("task_actor"),  # for --warm-start of stage 3
         "source_critic": checkpoint.get("task_critic"),
     }
 
-    modules = {"draw": draw, "rectified": rectified, "averaged": averaged, "adam": adam}
+    modules = {"draw": draw, "rectified": rectified, "adam": adam}
+    modules |= {"mean_draw": mean_draw, "mean_rectified": mean_rectified}
     saved = run.resume(modules)
     best = saved.get("best", np.inf)
     updates = 0 if args.method == "none" else args.updates
@@ -307,10 +317,12 @@ def main(args):
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(trained, 1000.0)
             adam.step()
-            follow(averaged, rectified, max(1.0 / update, 1.0 - args.ema_decay))
+            rate = max(1.0 / update, 1.0 - args.ema_decay)
+            follow(mean_draw, draw, rate)
+            follow(mean_rectified, rectified, rate)
 
         if update % args.log_every == 0 or update == updates:
-            kls = {part: mean_kl(draw, averaged, data, rows[part], args.length) for part in rows}
+            kls = {part: mean_kl(*means, data, rows[part], args.length) for part in rows}
             bar.set_postfix(kls)
             run.log(update, {f"adapt/kl_{part}": kl for part, kl in kls.items()})
             if update > 0:
@@ -322,7 +334,7 @@ def main(args):
             run.save(update, modules, update=update, best=best)
     run.no_more_saves()
     run.write("last.pt", updates=updates, **result)
-    report(run, args, checkpoint, draw, averaged, dataset, data, rows)
+    report(run, args, checkpoint, *means, dataset, data, rows)
     run.close()
     print(f"wrote best.pt, last.pt, report.txt, result.json and prediction.gif in {run.dir}")
 

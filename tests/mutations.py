@@ -271,7 +271,7 @@ fine-tuning without its scale
 
 == redraw_adapt.py | method/test_gradients.py -k stage_2
 the last weights are saved, not their average
--"rectified": averaged.state_dict(),
+-"rectified": mean_rectified.state_dict(),
 +"rectified": rectified.state_dict(),
 adaptation KL teaches the encoder
 -kl = kl_categorical(log_q.detach(), rectified.log_prior(u)).mean(0)
@@ -280,8 +280,8 @@ fine-tuning leaves the initial state out
 -trained = [*draw.dynamics_net.parameters(), draw.initial_logits]
 +trained = list(draw.dynamics_net.parameters())
 fine-tuning at the residual's learning rate
--lr = args.finetune_lr
-+lr = args.lr
+-return finetune_loss, trained, args.finetune_lr
++return finetune_loss, trained, args.lr
 
 == redraw_adapt.py | method/test_alignment.py -k stage_2
 actions of another row

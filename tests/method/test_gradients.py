@@ -59,8 +59,9 @@ def test_stage_2_changes_its_own_parameters_alone(monkeypatch, tmp_path, method)
     assert changed(source["draw"], best["draw"]) <= own
 
 
+@pytest.mark.parametrize("method", ["residual", "finetune"])
 @pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_stage_2_saves_the_average_of_its_weights(monkeypatch, tmp_path, decay):
+def test_stage_2_saves_the_average_of_its_weights(monkeypatch, tmp_path, decay, method):
     """With decay 0.9 and 3 updates that is their mean; without, the last ones."""
     save_dataset(tmp_path / "data.npz", random_rows(40))
     save_tiny_draw(tmp_path / "draw.pt")
@@ -78,6 +79,7 @@ def test_stage_2_saves_the_average_of_its_weights(monkeypatch, tmp_path, decay):
             dataset=str(tmp_path / "data.npz"),
             run_dir=str(tmp_path / "run"),
             device="cpu",
+            method=method,
             hidden=8,
             updates=3,
             batch=4,
@@ -86,9 +88,13 @@ def test_stage_2_saves_the_average_of_its_weights(monkeypatch, tmp_path, decay):
             ema_decay=decay,
         )
     )
-    saved = load_checkpoint(tmp_path / "run" / "last.pt", ("redraw_adapt",))["rectified"]
+    last = load_checkpoint(tmp_path / "run" / "last.pt", ("redraw_adapt",))
+    saved = list(last["rectified"].values())
+    if method == "finetune":
+        saved = [value for name, value in last["draw"].items() if name.startswith("dynamics_net.")]
+        saved.append(last["draw"]["initial_logits"])
     assert len(weights) == 3 and len(saved) == len(weights[0])
-    for value, *of_updates in zip(saved.values(), *weights, strict=True):
+    for value, *of_updates in zip(saved, *weights, strict=True):
         expected = torch.stack(of_updates).mean(0) if decay else of_updates[-1]
         assert torch.allclose(value, expected, atol=1e-7)
         assert decay == 0.0 or not torch.allclose(value, of_updates[-1], atol=1e-7)

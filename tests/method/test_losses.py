@@ -443,6 +443,9 @@ def test_the_average_of_delta_starts_as_a_mean_and_then_forgets():
         follow(average, module, max(1.0 / update, 1.0 / 3.0))
         assert torch.allclose(average.weight.data, torch.tensor([then]))
         assert torch.equal(module.weight.data, torch.tensor([now]))
+    module.requires_grad_(False)  # what is not trained stays
+    follow(average, module, 1.0)
+    assert torch.allclose(average.weight.data, torch.tensor([then]))
 
 
 # ---- stage 3, whose algorithm stands in its main(): run it on a world model of which everything is
