@@ -120,7 +120,7 @@ LAPTOP = Args(
     log_every=20,
     eval_every=0,
     eval_episodes=40,
-    n_envs=5,  # each holds a renderer, some 80 MB
+    n_envs=2,  # each holds a renderer, some 80 MB
     # imagination
     updates=300,
     batch=64,
