@@ -1,0 +1,105 @@
+"""The scripts of the figures: what is done is not done again, a failure says why, and the pictures
+come from the csv alone."""
+
+import csv
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    monkeypatch.syspath_prepend(str(FIGURES))
+    return importlib.import_module("jobs")
+
+
+def stage(jobs, folder, code="", name="made"):
+    """A stage that runs `code` and then adds a line to folder/name"""
+    path = folder / name
+    return jobs.Stage(["-c", f"{code}\nopen({str(path)!r}, 'a').write('once\\n')"], path)
+
+
+def lines(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_a_shared_stage_runs_once_and_a_finished_job_never_again(jobs, tmp_path, capsys):
+    shared = stage(jobs, tmp_path, name="shared")
+    own = [stage(jobs, tmp_path, name=f"own-{seed}") for seed in (1, 2, 3)]
+    todo = [
+        jobs.Job({"seed": seed}, [shared, own[seed - 1]], lambda seed=seed: {"return": 10 * seed})
+        for seed in (1, 2, 3)
+    ]
+    table = tmp_path / "table.csv"
+    jobs.run_all(table, todo[:2])
+    assert lines(table)[0] == ["seed", "return"]
+    assert sorted(lines(table)[1:]) == [["1", "10"], ["2", "20"]]
+    assert (tmp_path / "shared").read_text() == "once\n"
+
+    def never():
+        raise AssertionError("a finished job")
+
+    for job in todo[:2]:
+        job.result = never
+    jobs.run_all(table, todo)
+    assert "2 of 3 runs are done, 1 to go" in capsys.readouterr().out
+    assert sorted(lines(table)[1:]) == [["1", "10"], ["2", "20"], ["3", "30"]]
+    for path in (tmp_path / "shared", tmp_path / "own-1", tmp_path / "own-3"):
+        assert path.read_text() == "once\n"
+
+
+def test_a_stage_that_fails_ends_the_figure_with_its_last_line(jobs, tmp_path):
+    fails = stage(jobs, tmp_path, "raise SystemExit('error: the disk is full')")
+    job = jobs.Job({"seed": 1}, [fails], dict)
+    with pytest.raises(RuntimeError, match="error: the disk is full"):
+        jobs.run_all(tmp_path / "table.csv", [job])
+    assert not (tmp_path / "table.csv").exists()
+
+
+def test_measured_reads_the_return_and_the_last_kl(jobs, tmp_path):
+    (tmp_path / "eval.json").write_text('{"a": {"mean": 12.345, "ci95": 2.0, "returns": []}}')
+    rows = [("update", "metric", "value"), (0, "adapt/kl_held-out", 5.0)]
+    rows += [(9, "adapt/kl_train", 1.0), (9, "adapt/kl_held-out", 2.5)]
+    with open(tmp_path / "metrics.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    assert jobs.measured(tmp_path, "a", tmp_path) == {"return": 12.3, "ci95": 2.0, "kl": 2.5}
+
+
+ROWS = {
+    "methods": [
+        {"pair": "pendulum", "method": method, "updates": updates, "seed": seed}
+        for method in ("residual", "finetune", "none")
+        for updates in ((500, 2000) if method != "none" else (0,))
+        for seed in (1, 2)
+    ],
+    "inputs": [{"pair": "pendulum", "inputs": inputs, "seed": 1} for inputs in ("za", "za+sigma")],
+    "data": [
+        {"pair": "pendulum", "source": source, "kind": kind, "rows": rows, "seed": 1}
+        for source in ("shipped", "task")
+        for kind in ("expert", "random")
+        for rows in (500, 2000)
+    ],
+    "capacity": [{"change": "gravity", "strength": s, "size": "64", "seed": 1} for s in (0.5, 1.5)],
+}
+
+
+@pytest.mark.parametrize("figure", ROWS)
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_picture_comes_from_the_csv_alone(monkeypatch, jobs, tmp_path, figure, empty):
+    """Of a part of the runs too, and nothing is started"""
+    module = importlib.import_module(figure)
+    monkeypatch.setattr(module, "CSV", tmp_path / "table.csv")
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(module, "run_all", None)
+    for i, row in enumerate(ROWS[figure] if not empty else []):
+        found = {"return": 100.0 + i, "ci95": 9.0, "kl": 2.0, "kl_over_home": 1.1}
+        jobs.append(tmp_path / "table.csv", row | found | {"best_known": 400.0})
+    module.main(draw=True)
+    picture = np.asarray(Image.open(tmp_path / f"{figure}.png"))
+    assert picture.shape[0] > 300 and picture.std() > 5
