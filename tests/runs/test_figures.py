@@ -64,7 +64,7 @@ def test_a_stage_that_fails_ends_the_figure_with_its_last_line(jobs, tmp_path):
 
 def test_measured_reads_the_return_and_the_last_kl(jobs, tmp_path):
     (tmp_path / "eval.json").write_text('{"a": {"mean": 12.345, "ci95": 2.0, "returns": []}}')
-    rows = [("update", "metric", "value"), (0, "adapt/kl_held-out", 5.0)]
+    rows = [("step", "metric", "value"), (0, "adapt/kl_held-out", 5.0)]
     rows += [(9, "adapt/kl_train", 1.0), (9, "adapt/kl_held-out", 2.5)]
     with open(tmp_path / "metrics.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
