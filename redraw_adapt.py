@@ -10,7 +10,9 @@ heads of the source stay, and only the latent dynamics are corrected, before the
 
 sg: stop-gradient, so each e_t answers for its own step and no gradient goes through time. q: the
 frozen posterior; each frame is encoded once, before training. Other symbols: common.py, where the
-first three lines are `Rectified`. The fourth is `residual_loss`.
+first three lines are `Rectified`. The fourth is `residual_loss`. Not in the paper, and off in its
+preset: corrections stay small (--l2), and what is saved is an average of the last updates' weights
+(--ema-decay). On a laptop policies depend on both: docs/experiments.md.
 
     python redraw_adapt.py laptop --checkpoint runs/source/draw.pt --run-dir runs/adapted \
         --target-env-id redraw/PendulumSwingupReversed-v0
