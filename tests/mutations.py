@@ -181,9 +181,11 @@ a time limit counts as an end
 prior without unimix
 -log_p = unimix(u)
 +log_p = u.log_softmax(-1)
+
+== common.py | method/test_oracles.py -k world_model or sides
 vector target without symlog
--(draw.vector_head(flat) - symlog(vector))
-+(draw.vector_head(flat) - vector)
+-(self.vector_head(flat) - symlog(vector))
++(self.vector_head(flat) - vector)
 
 == draw_pretrain.py | method/test_oracles.py -k ensemble
 the ensemble predicts the present
@@ -212,8 +214,8 @@ starts that have ended
 
 == draw_pretrain.py | method/test_oracles_policy.py -k draw_pretrain
 imagination without unimix
--z = sample_onehot(dynamics.prior(sigma))
-+z = sample_onehot(sigma)
+-prior = dynamics.prior(sigma)
++prior = sigma
 imagined reward of leaving
 -reward = reward_of(zs[:-1], sigmas[:-1], action, zs[1:])
 +reward = reward_of(zs[:-1], sigmas[:-1], action, zs[:-1])
@@ -285,8 +287,8 @@ fine-tuning at the residual's learning rate
 
 == redraw_adapt.py | method/test_alignment.py -k stage_2
 actions of another row
--sample_onehot(log_q.exp()), data["action"][t],
-+sample_onehot(log_q.exp()), data["action"][t - 1],
+-return log_q, z, data["action"][t],
++return log_q, z, data["action"][t - 1],
 held-out episodes are trained on
 -"train": np.flatnonzero(~held_out)
 +"train": np.arange(len(held_out))
