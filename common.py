@@ -1202,9 +1202,10 @@ class Run:
     def resume(self, modules):
         """Loads modules (dict of name -> what has a state dict) from the last save, if there is
         one, and returns its other contents, else {}. From here on Ctrl-C waits for a save."""
-        for name, module in modules.items():
-            if self.state:
-                module.load_state_dict(self.state[name])
+        with explained(f"{self.dir}/state.pt does not fit this version; start anew: --overwrite"):
+            for name, module in modules.items():
+                if self.state:
+                    module.load_state_dict(self.state[name])
         if self.state or self.rank:
             self.seed_anew(self.state.get("step", 0))
         if "WORLD_SIZE" not in os.environ:  # its processes would stop at different steps

@@ -289,6 +289,9 @@ fine-tuning at the residual's learning rate
 actions of another row
 -return log_q, z, data["action"][t],
 +return log_q, z, data["action"][t - 1],
+the penalty does not reach the loss
+-return partial(residual_loss, l2=l2),
++return partial(residual_loss, l2=0.0),
 held-out episodes are trained on
 -"train": np.flatnonzero(~held_out)
 +"train": np.arange(len(held_out))

@@ -3,7 +3,7 @@
     python docs/figures/capacity.py --changes Reversed gravity delay --hidden 16 256
 
 changes the target's physics in seven ways, each at up to three strengths, and fits residuals of
-several sizes to 10,000 rows. Writes capacity.csv and capacity.png beside this file; --draw-only
+several sizes to 10,000 rows. Writes capacity.csv and capacity.png beside this file; --draw
 draws from the csv alone.
 
 This file is also the module of these environments, e.g. `capacity:redraw/Pendulum-gravity-1.3-v0`.

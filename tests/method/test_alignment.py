@@ -222,6 +222,7 @@ def test_batches_of_stage_2(monkeypatch, tmp_path, numbered):
         number = check_sequences(action, is_first, rows)
         assert torch.allclose(q, posterior[number], atol=1e-5)
         assert (z * q.exp()).sum(-1).min() > 0  # a sample, of what is not impossible
+        assert l2 == 0.25
         episodes[True] |= set((number // 10).flatten().tolist())
         return original(draw, rectified, q, z, action, is_first, l2)
 
@@ -232,6 +233,7 @@ def test_batches_of_stage_2(monkeypatch, tmp_path, numbered):
             checkpoint,
             dataset=data,
             run_dir=str(tmp_path / "run"),
+            l2=0.25,
             device="cpu",
             hidden=8,
             updates=60,

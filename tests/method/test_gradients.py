@@ -60,9 +60,11 @@ def test_stage_2_changes_its_own_parameters_alone(monkeypatch, tmp_path, method)
 
 
 @pytest.mark.parametrize("method", ["residual", "finetune"])
-@pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_stage_2_saves_the_average_of_its_weights(monkeypatch, tmp_path, decay, method):
-    """With decay 0.9 and 3 updates that is their mean; without, the last ones."""
+@pytest.mark.parametrize(
+    "decay, shares", [(0.0, (0, 0, 1)), (0.5, (0.25, 0.25, 0.5)), (0.9, (1 / 3, 1 / 3, 1 / 3))]
+)
+def test_stage_2_saves_the_average_of_its_weights(monkeypatch, tmp_path, decay, shares, method):
+    """Of three updates: the last one, an average that forgets, and their mean"""
     save_dataset(tmp_path / "data.npz", random_rows(40))
     save_tiny_draw(tmp_path / "draw.pt")
     weights = []
@@ -95,7 +97,7 @@ def test_stage_2_saves_the_average_of_its_weights(monkeypatch, tmp_path, decay, 
         saved.append(last["draw"]["initial_logits"])
     assert len(weights) == 3 and len(saved) == len(weights[0])
     for value, *of_updates in zip(saved, *weights, strict=True):
-        expected = torch.stack(of_updates).mean(0) if decay else of_updates[-1]
+        expected = sum(share * w for share, w in zip(shares, of_updates, strict=True))
         assert torch.allclose(value, expected, atol=1e-7)
         assert decay == 0.0 or not torch.allclose(value, of_updates[-1], atol=1e-7)
 

@@ -433,6 +433,15 @@ def test_residual_loss_is_the_kl_along_the_recurrence(inputs):
     assert torch.autograd.grad(kl.sum(), other, allow_unused=True) == (None,)
 
 
+@pytest.mark.parametrize("method, l2", [("residual", 0.25), ("replace", 0.0)])
+def test_a_residual_alone_is_kept_small(method, l2):
+    draw = DRAW(TINY)
+    args = redraw_adapt.Args("draw.pt", method=method, l2=0.25)
+    loss, trained, lr = redraw_adapt.what_learns(args, draw, Rectified(draw, method, 8))
+    assert loss.keywords == {"l2": l2} and lr == args.lr
+    assert len(trained) == 5
+
+
 def test_the_average_of_delta_starts_as_a_mean_and_then_forgets():
     """After updates 1, 2 and 3 the mean of their weights, from then on the last ones count more"""
     weights = [[1.0, -2.0], [4.0, 0.0], [1.0, 5.0], [12.0, 1.0]]

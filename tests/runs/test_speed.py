@@ -219,7 +219,7 @@ def residual_update(data):
     log_q = draw.posterior(draw.encoder(data["image"], data["vector"]))  # (B, T, S, K)
     z = F.one_hot(log_q.argmax(-1), log_q.shape[-1]).float()
     kl, mask = redraw_adapt.residual_loss(
-        draw, rectified, log_q, z, data["action"], data["is_first"]
+        draw, rectified, log_q, z, data["action"], data["is_first"], l2=0.03
     )
     loss = kl.sum() / mask.sum()
     loss.backward()

@@ -28,7 +28,8 @@ PRETRAIN = shlex.split(
 ADAPT = shlex.split(
     """laptop --collect-steps 400 --collect-policy zero-shot --collect-noise 0.5 --hold 16
     --episode-steps 50 --n-envs 2 --hidden 16 --lr 1e-2 --finetune-lr 1e-2 --updates 60
-    --batch 8 --length 8 --soft 0.5 --log-every 20 --save-every 1000 --device cpu"""
+    --batch 8 --length 8 --soft 0.5 --l2 0.03 --ema-decay 0.97 --log-every 20
+    --save-every 1000 --device cpu"""
 )
 POLICY = shlex.split(
     """laptop --updates 20 --batch 2 --length 4 --starts 8 --rewarded 0.5 --horizon 3
