@@ -347,6 +347,14 @@ class Critic(nn.Module):
         return self.net(z.flatten(-2))
 
 
+@torch.no_grad()
+def follow(average, module, rate):
+    """Moves the trained weights of `average` towards those of module by the share `rate`."""
+    for slow, fast in zip(average.parameters(), module.parameters(), strict=True):
+        if fast.requires_grad:
+            slow.lerp_(fast, rate)
+
+
 class ActorCritic(nn.Module):
     """What is trained in imagination: actor, critic, the critic's slow copy, the returns' range."""
 

@@ -43,6 +43,7 @@ from common import (
     check_range,
     check_sizes,
     explained,
+    follow,
     held_noise,
     kl_categorical,
     load_checkpoint,
@@ -207,14 +208,6 @@ def what_learns(args, draw, rectified):
     # finetune, and none, which makes no update
     trained = [*draw.dynamics_net.parameters(), draw.initial_logits]
     return finetune_loss, trained, args.finetune_lr
-
-
-@torch.no_grad()
-def follow(average, module, rate):
-    """Moves the trained weights of `average` towards those of module by the share `rate`."""
-    for slow, fast in zip(average.parameters(), module.parameters(), strict=True):
-        if fast.requires_grad:
-            slow.lerp_(fast, rate)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ writes runs/policy/policy.pt (encoder, posterior and actor: all that deployment 
 curves.png and a film of one episode in each environment.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -50,12 +51,12 @@ from common import (
     check_range,
     check_sizes,
     explained,
+    follow,
     kl_categorical,
     load_checkpoint,
     load_dataset,
     load_draw,
     load_rectified,
-    log_softmax,
     make_envs,
     prepare,
     sample_onehot,
@@ -102,6 +103,7 @@ class Args:
     actor_lr: float = 3e-5
     critic_lr: float = 3e-5
     decay: bool = False  # the learning rate falls to zero along a cosine: a run ends settled
+    ema_decay: float = 0.0  # the actor that acts averages the last 1 / (1 - it) updates
     return_floor: float = 1.0  # least scale of returns; smaller: small rewards count more
     pessimism: float = 0.0  # larger: rewards shrink more where --members of stage 2 disagree
     warm_start: Literal["none", "critic", "both"] = "none"  # begin with stage 1's critic and actor
@@ -134,6 +136,7 @@ LAPTOP = Args(
     actor_lr=1e-3,
     critic_lr=3e-3,
     decay=True,
+    ema_decay=0.97,  # single updates may fall from 385 to 41 of 500
     return_floor=0.1,
     learn="search",
     lesson_steps=10,
@@ -301,7 +304,8 @@ def doubt(rectified, z, sigma, action):
 
     Not in the paper. Ensembles that lower rewards where they disagree: MOPO, arXiv 2005.13239."""
     base = rectified.base(z, sigma, action)
-    log_p = log_softmax(base + rectified.residuals(z, action, sigma, base))  # (members, ..., S, K)
+    u = base + rectified.residuals(z, action, sigma, base)  # (members, ..., S, K)
+    log_p = rectified.log_prior(u)
     return kl_categorical(log_p, log_p.exp().mean(0).log()).mean(0)
 
 
@@ -368,13 +372,14 @@ def main(args):
 
     policy = begin_policy(args, checkpoint, draw.sizes).to(device)
     adam = policy_adam(args, policy)
-    deployed = Policy(draw.sizes, draw, policy.actor, by_mean=args.learn == "search")
+    mean_actor = copy.deepcopy(policy.actor)
+    deployed = Policy(draw.sizes, draw, mean_actor, by_mean=args.learn == "search")
     inputs = [path for path in (args.checkpoint, args.dataset) if path]
     run = Run(args.run_dir or f"runs/policy-{args.seed}", args, inputs)
     if args.updates:
         data = encode(draw, dataset, device)
         del dataset
-    modules = {"policy": policy, "adam": adam}
+    modules = {"policy": policy, "mean_actor": mean_actor, "adam": adam}
     saved = run.resume(modules)
     begin = saved.get("update", 0)
     memory = deque(maxlen=20)
@@ -396,6 +401,7 @@ def main(args):
         set_learning_rate(args, adam, update)
         start = continued(args, ends, *start_states(args, draw, rectified, data))
         metrics, ends = improve(args, draw, rectified, policy, adam, memory, *start, reward_of)
+        follow(mean_actor, policy.actor, max(1.0 / update, 1.0 - args.ema_decay))
         bar.update()
 
         if update % args.log_every == 0:
@@ -431,6 +437,7 @@ def check(args):
     check_range(args, 0, 10**12, "updates")
     check_range(args, 1, 10**12, "log_every", "save_every", "n_envs")
     check_range(args, 1e-9, 10**9, "return_floor")
+    check_range(args, 0, 1 - 1e-9, "ema_decay")
     check_range(args, 1, 65536, "batch", "length", "horizon")
     check_range(args, 1, args.batch * args.length, "starts")
     check_range(args, 2, 65536, "eval_episodes")  # an interval needs two

@@ -33,10 +33,12 @@ def main(draw: Path, policy: Path, out: Path):
     """
     checkpoint = load_checkpoint(draw, ("draw_pretrain",))
     del checkpoint["file"]
+    # The actor that acts, and the critic, which only the last save holds.
+    acts = load_checkpoint(policy / "policy.pt", ("train_policy",))["policy"]
     trained = load_checkpoint(policy / "state.pt", ("state",))["policy"]
-    for part in ("actor", "critic"):
+    for part, found in (("actor", acts), ("critic", trained)):
         prefix = f"{part}."
-        weights = {k[len(prefix) :]: w for k, w in trained.items() if k.startswith(prefix)}
+        weights = {k[len(prefix) :]: w for k, w in found.items() if k.startswith(prefix)}
         checkpoint[f"task_{part}"] = weights
     for name in ("draw", "task_actor", "task_critic", "explore_actor"):
         checkpoint[name] = half(checkpoint[name])

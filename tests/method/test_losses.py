@@ -25,6 +25,7 @@ from common import (
     Critic,
     Rectified,
     Sizes,
+    follow,
     kl_categorical,
     load_policy,
     sample_onehot,
@@ -36,7 +37,7 @@ from common import (
     unimix,
 )
 from draw_pretrain import Ensemble, world_model_loss
-from redraw_adapt import follow, residual_loss
+from redraw_adapt import residual_loss
 
 STEP = 40 / (BINS - 1)  # between two bins; bin 127 lies at 0
 

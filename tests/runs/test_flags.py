@@ -101,6 +101,7 @@ STAGE_3 = {
     "gamma": (0.0, 1.0),
     "actor_lr": (0.0, 1e-3),
     "critic_lr": (0.0, 1e-3),
+    "ema_decay": (0.0, 1 - 1e-9),
     "decay": (False, True),
     "return_floor": (1e-9, 1e9),
     "lam": (0.0, 1.0),

@@ -34,7 +34,8 @@ ADAPT = shlex.split(
 POLICY = shlex.split(
     """laptop --updates 20 --batch 2 --length 4 --starts 8 --rewarded 0.5 --horizon 3
     --log-every 5 --save-every 1000 --eval-every 0 --eval-episodes 2 --n-envs 2 --learn reinforce
-    --restart 1 --least-reward 0 --actor-lr 5e-4 --critic-lr 5e-4 --no-decay --device cpu"""
+    --restart 1 --least-reward 0 --actor-lr 5e-4 --critic-lr 5e-4 --no-decay --ema-decay 0.9
+    --device cpu"""
 )
 
 
