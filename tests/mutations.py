@@ -334,6 +334,14 @@ doubt of the states before the residual
 -log_p = log_softmax(base + rectified.residuals(z, action, sigma, base))
 +log_p = log_softmax(rectified.residuals(z, action, sigma, base))
 
+== train_policy.py | method/test_losses.py -k what_acts
+the actor of the last update acts
+-Policy(draw.sizes, draw, mean_actor,
++Policy(draw.sizes, draw, policy.actor,
+the actor's average never forgets
+-max(1.0 / update, 1.0 - args.ema_decay)
++1.0 / update
+
 == train_policy.py | method/test_oracles_policy.py -k search or lesson
 the worst candidate teaches
 -best = first + R_0.argmax(1)

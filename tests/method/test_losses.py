@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, borders, random_rows, random_states, read_metrics, save_tiny_draw
+from helpers import (
+    TINY,
+    borders,
+    random_rows,
+    random_states,
+    read_metrics,
+    save_tiny_draw,
+    shaken_draw,
+)
 from torch import nn
 
 import common
@@ -491,6 +499,30 @@ def run_policy(monkeypatch, tmp_path, draw, rows, **changes):
     )
     metrics = read_metrics(tmp_path / "run")
     return metrics, load_policy(tmp_path / "run" / "policy.pt")
+
+
+@pytest.mark.parametrize("learn", ["reinforce", "search"])
+@pytest.mark.parametrize(
+    "decay, shares", [(0.0, (0, 0, 1)), (0.5, (0.25, 0.25, 0.5)), (0.9, (1 / 3, 1 / 3, 1 / 3))]
+)
+def test_what_acts_is_the_average_of_the_actor(monkeypatch, tmp_path, decay, shares, learn):
+    """Of three updates: the last one, an average that forgets, and their mean"""
+    weights = []
+    improve = train_policy.improve
+
+    def recorded(args, draw, dynamics, policy, *others):
+        result = improve(args, draw, dynamics, policy, *others)
+        weights.append([p.detach().clone() for p in policy.actor.parameters()])
+        return result
+
+    monkeypatch.setattr(train_policy, "improve", recorded)
+    changes = {"updates": 3, "actor_lr": 1e-2, "learn": learn, "ema_decay": decay}
+    _, deployed = run_policy(monkeypatch, tmp_path, shaken_draw(), random_rows(8), **changes)
+    assert len(weights) == 3
+    for value, *of_updates in zip(deployed.actor.parameters(), *weights, strict=True):
+        expected = sum(share * w for share, w in zip(shares, of_updates, strict=True))
+        assert torch.allclose(value, expected, atol=1e-6)
+    assert not torch.allclose(weights[0][0], weights[2][0], atol=1e-4)
 
 
 def chain_metrics(monkeypatch, tmp_path):
