@@ -96,6 +96,7 @@ def test_both_stages_hold_the_same_text():
     "stage, method, floor",
     [
         (draw_pretrain, "none", 1e-3),
+        (draw_pretrain, "none", 5.0),
         (train_policy, "residual", 5.0),
         (train_policy, "none", 1e-3),
     ],
