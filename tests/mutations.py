@@ -331,8 +331,8 @@ doubt is rewarded
 -reward = reward - args.pessimism
 +reward = reward + args.pessimism
 doubt of the states before the residual
--log_p = log_softmax(base + rectified.residuals(z, action, sigma, base))
-+log_p = log_softmax(rectified.residuals(z, action, sigma, base))
+-u = base + rectified.residuals(z, action, sigma, base)  # (members, ..., S, K)
++u = rectified.residuals(z, action, sigma, base)
 
 == train_policy.py | method/test_losses.py -k what_acts
 the actor of the last update acts
