@@ -312,7 +312,7 @@ def main(args):
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(trained, 1000.0)
             adam.step()
-            rate = max(1.0 / update, 1.0 - args.ema_decay)
+            rate = max(1.0 / update, 1.0 - args.ema_decay)  # at first a plain mean
             follow(mean_draw, draw, rate)
             follow(mean_rectified, rectified, rate)
 

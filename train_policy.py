@@ -24,7 +24,8 @@ All other symbols: common.py.
         --run-dir runs/policy
 
 writes runs/policy/policy.pt (encoder, posterior and actor: all that deployment needs), eval.json,
-curves.png and a film of one episode in each environment.
+curves.png and a film of one episode in each environment. The actor that acts may be an average of
+the last updates' weights (--ema-decay), which is not in the paper.
 """
 
 import copy
@@ -372,7 +373,7 @@ def main(args):
 
     policy = begin_policy(args, checkpoint, draw.sizes).to(device)
     adam = policy_adam(args, policy)
-    mean_actor = copy.deepcopy(policy.actor)
+    mean_actor = copy.deepcopy(policy.actor)  # the average that acts; policy.actor learns
     deployed = Policy(draw.sizes, draw, mean_actor, by_mean=args.learn == "search")
     inputs = [path for path in (args.checkpoint, args.dataset) if path]
     run = Run(args.run_dir or f"runs/policy-{args.seed}", args, inputs)

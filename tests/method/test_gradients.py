@@ -21,6 +21,20 @@ def changed(before, after):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
+def adapt(tmp_path, **changes):
+    """Stage 2 of draw.pt on data.npz into run, all in tmp_path"""
+    sizes = {"hidden": 8, "updates": 3, "batch": 4, "length": 5, "log_every": 3, **changes}
+    redraw_adapt.main(
+        redraw_adapt.Args(
+            str(tmp_path / "draw.pt"),
+            dataset=str(tmp_path / "data.npz"),
+            run_dir=str(tmp_path / "run"),
+            device="cpu",
+            **sizes,
+        )
+    )
+
+
 @pytest.mark.parametrize("method", ["residual", "replace", "finetune", "none"])
 def test_stage_2_changes_its_own_parameters_alone(monkeypatch, tmp_path, method):
     start = []
@@ -35,20 +49,7 @@ def test_stage_2_changes_its_own_parameters_alone(monkeypatch, tmp_path, method)
     source = load_checkpoint(save_tiny_draw(tmp_path / "draw.pt"), ("draw_pretrain",))
     # The residual's output layer starts at zero, so that its other layers have no gradient in the
     # first update.
-    redraw_adapt.main(
-        redraw_adapt.Args(
-            str(tmp_path / "draw.pt"),
-            dataset=str(tmp_path / "data.npz"),
-            run_dir=str(tmp_path / "run"),
-            device="cpu",
-            method=method,
-            hidden=8,
-            updates=3,
-            batch=4,
-            length=5,
-            log_every=3,
-        )
-    )
+    adapt(tmp_path, method=method)
     adapted = load_checkpoint(tmp_path / "run" / "last.pt", ("redraw_adapt",))
     own = {name for name in source["draw"] if name.startswith(("dynamics_net.", "initial_logits"))}
     assert len(own) == 12
@@ -75,21 +76,7 @@ def test_stage_2_saves_the_average_of_its_weights(monkeypatch, tmp_path, decay, 
         weights.append([p.detach().clone() for p in self.param_groups[0]["params"]])
 
     monkeypatch.setattr(torch.optim.Adam, "step", recorded)
-    redraw_adapt.main(
-        redraw_adapt.Args(
-            str(tmp_path / "draw.pt"),
-            dataset=str(tmp_path / "data.npz"),
-            run_dir=str(tmp_path / "run"),
-            device="cpu",
-            method=method,
-            hidden=8,
-            updates=3,
-            batch=4,
-            length=5,
-            log_every=3,
-            ema_decay=decay,
-        )
-    )
+    adapt(tmp_path, method=method, ema_decay=decay)
     last = load_checkpoint(tmp_path / "run" / "last.pt", ("redraw_adapt",))
     saved = list(last["rectified"].values())
     if method == "finetune":
