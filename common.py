@@ -2,10 +2,12 @@
 
 Notation, here and in every stage (shape comments use the same letters):
 
-    B batch   T time in a replayed sequence   H imagination horizon   N rows of a dataset
+    B batch of sequences, in imagination of trajectories     T time in a replayed sequence
+    H imagination horizon   M candidates of search   N rows of a dataset
     S categorical variables in the latent     K classes of each       Z = S*K, flat latent size
     A action size   V vector-observation size   E embedding size   C image channels, L its side
-    x_t observation   z_t sampled latent (B, S, K), one-hot   a_t action taken AT x_t
+    x_t observation   a_t action taken AT x_t
+    z_t sampled latent (B, S, K), one-hot, or probabilities where a docstring says so
     u_t prior logits   sigma_t = softmax(u_t), the prior's "belief"   e_t residual logits
 
 The algorithms are not here but in the stages.
@@ -155,9 +157,9 @@ class Sizes:
     def __post_init__(self):
         for name, value in vars(self).items():
             least = {"vector_size": 0, "image_size": 16}.get(name, 1)
-            odd = name == "image_size" and value not in (2**i for i in range(17))
+            bad_side = name == "image_size" and value not in (2**i for i in range(17))
             # A stranger's checkpoint may say anything.
-            if type(value) is not int or not least <= value <= 65536 or odd:
+            if type(value) is not int or not least <= value <= 65536 or bad_side:
                 raise ValueError(f"{name} can't be {value!r}")
 
 
@@ -192,18 +194,19 @@ class DRAW(nn.Module):
 
     def dynamics(self, z, sigma, action):
         """f: z, sigma (..., S, K) and action (..., A) of step t-1 -> logits u_t (..., S, K)"""
-        action = action / action.abs().clamp(min=1.0)  # into [-1, 1], as an environment clips it
+        action = action.clamp(-1.0, 1.0)  # as an environment clips it
         inputs = torch.cat([z.flatten(-2), sigma.flatten(-2), action], -1)
         return self.dynamics_net(inputs).unflatten(-1, z.shape[-2:])
 
     def initial(self):
-        """The learned state before a first step: z, the mode without gradient, sigma; (S, K)"""
+        """z and sigma (S, K) that precede a first step: sigma is learned, z is its mode, one-hot
+        and without gradient."""
         sigma = self.initial_logits.softmax(-1)
         return F.one_hot(sigma.argmax(-1), self.sizes.K).to(sigma), sigma
 
     def previous(self, z, action, is_first):
-        """z_{t-1} (B, T, S, K) and a_{t-1} (B, T, A) of each t; at first steps the initial ones.
-        And first, is_first (B, T), where t = 0 counts as a first step, whatever it says."""
+        """z_{t-1} (B, T, S, K) and a_{t-1} (B, T, A) of each t; and first (B, T), which is is_first
+        but True at t = 0. Where it is True the previous state is `initial`, the action 0."""
         z0, _ = self.initial()
         first = torch.cat([torch.ones_like(is_first[:, :1]), is_first[:, 1:]], 1)
         z_prev = torch.where(first[..., None, None], z0, z.roll(1, 1))
@@ -214,7 +217,8 @@ class DRAW(nn.Module):
         """The recurrence of the belief along an observed sequence -> prior logits u (B, T, S, K).
 
         Args: z (B, T, S, K), samples of the posterior; action (B, T, A), a_t taken AT x_t; is_first
-            bool (B, T); dynamics: (z_{t-1}, sigma_{t-1}, a_{t-1}) -> u_t, in the place of f.
+            bool (B, T); dynamics: (z_{t-1}, sigma_{t-1}, a_{t-1}) -> u_t, a Rectified or, without
+            it, f.
         """
         dynamics = dynamics or self.dynamics
         z_prev, a_prev, first = self.previous(z, action, is_first)
@@ -277,7 +281,7 @@ class Rectified(nn.Module):
         if not known or any(type(n) is not int or not 0 < n <= 65536 for n in numbers.values()):
             raise ValueError(f"no such residual: {self.options}")
         self.inputs = inputs
-        # A bound method, so that f's weights do not count as this module's.
+        # A bound method: f's weights do not count as this module's.
         self.f = draw.dynamics
         self.uses_f = method != "replace"
         self.uses_delta = method in ("residual", "replace")
@@ -295,7 +299,7 @@ class Rectified(nn.Module):
     def residuals(self, z, action, sigma=None, base=None):
         """e_t of each member, (members, ..., S, K), from z and action of step t-1; if `inputs` asks
         for it, sigma of t-1 or base, f's own logits of t, (..., S, K)."""
-        inputs = [z.flatten(-2), action / action.abs().clamp(min=1.0)]
+        inputs = [z.flatten(-2), action.clamp(-1.0, 1.0)]
         if self.inputs == "za+sigma":
             inputs.append(sigma.flatten(-2))
         if self.inputs == "za+base":
@@ -375,7 +379,8 @@ class ActorCritic(nn.Module):
 
 class Policy(nn.Module):
     """x_t -> a_t, all that deployment needs: encoder and posterior, shared with `draw`, and actor.
-    It samples z and a, or `by_mean` takes the mean of both."""
+    It samples z and a, or `by_mean` takes the mean of both. `act` is for tensors; calling the
+    policy takes and gives NumPy arrays."""
 
     def __init__(self, sizes, draw=None, actor=None, by_mean=False):
         super().__init__()
@@ -386,7 +391,7 @@ class Policy(nn.Module):
         self.encoder = draw.encoder
         self.posterior_net = draw.posterior_net
 
-    posterior = DRAW.posterior
+    posterior = DRAW.posterior  # needs posterior_net and sizes alone
 
     def act(self, image, vector):
         """image uint8 (n, L, L, C), vector (n, V), tensors -> actions (n, A) in [-1, 1]"""
@@ -396,7 +401,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def __call__(self, image, vector):
-        """The same for NumPy arrays"""
+        """`act` for NumPy arrays"""
         device = next(self.parameters()).device
         image = torch.as_tensor(image, device=device)
         vector = torch.as_tensor(vector, device=device)
@@ -554,8 +559,9 @@ def read_npz(file, keys):
     with explained(problem), np.load(file, allow_pickle=False) as npz:
         for key in keys:
             names = VECTOR_NAMES if key == "vector" else (key,)
-            for name in [name for name in names if name in npz.files][:1]:
-                arrays[key] = np.asarray(npz[name])[:rows]
+            found = [name for name in names if name in npz.files]
+            if found:
+                arrays[key] = np.asarray(npz[found[0]])[:rows]
     return arrays
 
 
@@ -675,13 +681,16 @@ class Replay:
         for key, data in self.data.items():
             # index_select is a memory copy a row, many times faster than NumPy's indexing.
             value = torch.from_numpy(data).flatten(0, 1).index_select(0, flat)
-            batch[key] = to_device(value, device).unflatten(0, (B, T))
+            if torch.device(device).type == "cuda":
+                value = value.pin_memory()  # so that the host goes on
+            batch[key] = value.to(device, non_blocking=True).unflatten(0, (B, T))
         return batch
 
     def save(self, folder):
         """Writes the rows since the last save, a file per environment named by its first row.
-        Deletes what had left the ring by then; a run that is killed now goes on from that save."""
-        needed = self.saved - self.length
+        Deletes files whose rows had all left the ring at the LAST save already: until Run.save is
+        done, a killed run goes on from that one."""
+        needed = self.saved - self.length  # the oldest row of the last save
         begin = max(self.saved, self.added - len(self))
         rows = np.arange(begin, self.added) % self.length
         for env in range(len(self.data["reward"]) if len(rows) else 0):
@@ -710,13 +719,6 @@ class Replay:
             for key, data in self.data.items():
                 data[env, rows] = chunk[key]
         self.added = self.saved = min(ends)
-
-
-def to_device(value, device):
-    """A CPU tensor on `device`; on CUDA through pinned memory, so that the host goes on."""
-    if torch.device(device).type == "cuda":
-        value = value.pin_memory()
-    return value.to(device, non_blocking=True)
 
 
 def save_checkpoint(path, **contents):
@@ -789,8 +791,8 @@ class DMCEnv(gym.Env):
     LAST frame, so 1000 frames return at most 500. Never terminal.
 
     Args: reverse_actions: apply -a instead of a; wrench: (body, constant force in N and torque in
-        N·m, 6 numbers); image_size: L, below 64 the 64-pixel image is averaged down; look: "stock",
-        or "fast": without multisampling, shadows and reflections, nine tenths of the time;
+        N·m, 6 numbers); image_size: L, below 64 the 64-pixel image is averaged down; look: "fast"
+        leaves out multisampling, shadows and reflections, nine tenths of a "stock" frame's time;
         start_speed: half of the episodes start with velocities drawn from +-this, not at rest.
     """
 
@@ -817,7 +819,6 @@ class DMCEnv(gym.Env):
         self.shrink = max(1, 64 // image_size)
         self.stack = stack
         self.start_speed = start_speed
-        self.frames = []
         side = image_size * self.shrink
         if look == "fast":
             self.physics.model.vis.quality.offsamples = 0
@@ -1030,7 +1031,7 @@ def check_sizes(env_id, envs, sizes):
 
 def held_noise(previous, hold, gain=1.0):
     """Random actions, uniform over [-gain, gain], clipped to [-1, 1], each held for `hold` steps on
-    average; float32 (n, A) from the last ones. Independent ones average out over a swing."""
+    average; float32 (n, A) from the last ones. Drawn anew each step they cancel out in a swing."""
     fresh = np.random.uniform(-gain, gain, previous.shape).clip(-1, 1).astype(np.float32)
     return np.where(np.random.rand(len(previous), 1) < 1.0 / hold, fresh, previous)
 
@@ -1091,8 +1092,8 @@ class Run:
     """A run's folder: arguments, logs, pictures, saves; and Ctrl-C.
 
     At each save all generators are seeded anew from (seed, step), in the run that goes on as in the
-    one that resumes there. So both go on alike, bit for bit on a CPU. Under torchrun process 0
-    alone logs and saves.
+    one that resumes there. So both go on alike, bit for bit on a CPU; but in stage 1 the one that
+    resumes begins new episodes. Under torchrun process 0 alone logs and saves.
 
     Args: folder, its name; args, the stage's; inputs: checkpoints and datasets that the run reads.
     Raises UserError: the folder holds files already or another run, or can't be written.
@@ -1211,9 +1212,9 @@ class Run:
         """Loads modules (dict of name -> what has a state dict) from the last save, if there is
         one, and returns its other contents, else {}. From here on Ctrl-C waits for a save."""
         with explained(f"{self.dir}/state.pt does not fit this version; start anew: --overwrite"):
-            for name, module in modules.items():
-                if self.state:
-                    module.load_state_dict(self.state[name])
+            for name, module in modules.items() if self.state else ():
+                module.load_state_dict(self.state[name])
+        # torchrun: up to here all processes drew the same weights, from here on other noise.
         if self.state or self.rank:
             self.seed_anew(self.state.get("step", 0))
         if "WORLD_SIZE" not in os.environ:  # its processes would stop at different steps

@@ -72,54 +72,40 @@ ENV_IDS = [f"redraw/Duckietown{variant}-v0" for variant in ("", "Reversed", "Mis
 
 @dataclass
 class Args:
-    robot: str = "sim"
-    """sim, or the robot's host name or address, HOST or HOST:PORT"""
-    vehicle: str | None = None
-    """the robot's name, with which its topics begin (default: the host name up to a dot)"""
-    port: int = 9001
-    """of rosbridge on the robot"""
-    env_id: Literal[tuple(ENV_IDS)] = ENV_IDS[0]
-    """what the simulator simulates"""
-    seed: int = 1
-    """of the simulator, of random driving and of the policy's sampling"""
+    robot: str = "sim"  # sim, or the robot's host name or address, HOST or HOST:PORT
+    vehicle: str | None = None  # the robot's name, in its topics (default: the host up to a dot)
+    port: int = 9001  # of rosbridge on the robot
+    env_id: Literal[tuple(ENV_IDS)] = ENV_IDS[0]  # what the simulator simulates
+    seed: int = 1  # of the simulator, of random driving and of the policy's sampling
 
-    # what drives, and what is kept of it
+    # What drives. random: mostly forwards; keyboard: w a s d; joystick: Linux only; expert:
+    # simulator only
     drive: Literal["policy", "random", "keyboard", "joystick", "expert"] = "policy"
-    """random: mostly forwards; keyboard: w a s d; joystick: Linux only; expert: simulator only"""
-    checkpoint: str | None = None
-    """policy.pt of train_policy.py"""
-    hold: float = 5.0
-    """mean number of steps that a random action stays; more make longer curves"""
+    checkpoint: str | None = None  # policy.pt of train_policy.py
+    hold: float = 5.0  # mean number of steps that a random action stays; more: longer curves
+    # The joystick's device: axis 1 drives, axis 0 turns, any button stops. A wireless one whose
+    # battery dies may keep its last position, so stay near the robot.
     joystick: str = "/dev/input/js0"
-    """its device: axis 1 drives, axis 0 turns, any button stops"""
-    max_seconds: float = 60.0
-    """the drive ends after this time"""
-    image_size: int = 64
-    """side of the recorded pictures, pixels: the world model's; a policy brings its own"""
-    record: str | None = None
-    """write what was seen and done to this .npz file, a dataset for redraw_adapt.py"""
-    video: str | None = None
-    """film a drive in the simulator into this .gif file"""
-    dry_run: bool = False
-    """do everything but arm: not one message is sent to the motors"""
-    realtime: bool = False
-    """let the simulator wait for the clock, as a robot does"""
-    export: str | None = None
-    """only write the policy as TorchScript to this file, for a program on the robot itself"""
+    max_seconds: float = 60.0  # the drive ends after this time
 
-    # the robot
+    # What is kept
+    image_size: int = 64  # side of the recorded pictures, the world model's; a policy has its own
+    record: str | None = None  # write what was seen and done to this .npz, for redraw_adapt.py
+    video: str | None = None  # film a drive in the simulator into this .gif file
+    dry_run: bool = False  # do everything but arm: not one message is sent to the motors
+    realtime: bool = False  # let the simulator wait for the clock, as a robot does
+    export: str | None = None  # only write the policy as TorchScript, for a program on the robot
+
+    # The wheels' calibration, the robot's kinematics/NAME.yaml; 'default': stock numbers
     kinematics: str | None = None
-    """the wheels' calibration, kinematics/NAME.yaml of the robot; 'default': stock numbers"""
+    # The camera's, camera_intrinsic/NAME.yaml (default: a fisheye with the authors' numbers)
     camera: str | None = None
-    """the camera's, camera_intrinsic/NAME.yaml (default: a fisheye with the authors' numbers)"""
-    max_speed: float | None = None
-    """most speed that is commanded, m/s (default: 0.25 with a guard on the robot, 0.15 without)"""
-    max_turn: float = 8.0
-    """most turning that is commanded, rad/s; less makes wider curves"""
-    max_duty: float = 0.8
-    """most duty of a motor, of 1"""
-    max_slew: float = 0.4
-    """most change of a duty in a step; less is gentler, and slower to steer and to brake"""
+
+    # Caps. They only lower what actions of 1 command: 0.25 m/s, 8 rad/s.
+    max_speed: float | None = None  # m/s (default: 0.25 with a guard on the robot, 0.15 without)
+    max_turn: float = 8.0  # rad/s; less makes wider curves
+    max_duty: float = 0.8  # most duty of a motor, of 1
+    max_slew: float = 0.4  # most change of a duty in a step; less: gentler, slower to brake
 
 
 HZ = 10.0  # steps per second (authors)
@@ -139,6 +125,7 @@ DEAD_ZONE = {"daffy": 0.05, "ente": 0.2}  # duty at which a wheel may stand stil
 STALE = 0.25  # s without a picture, a new picture or ticks, until a stop; a picture's largest age
 SILENT = 0.3  # s without an acknowledgement, or of a step that hangs, until a stop
 STALLED = 1.0  # s without a tick of a wheel that is driven, until a stop
+UNGUARDED = 1.0  # s without a word of the guard that was there when the robot was armed
 FOREIGN = 3  # commands executed within a second that were not sent from here, until a stop
 
 # s; the authors end a sequence where a step, or the time from picture to action, is out of bounds.
@@ -196,7 +183,6 @@ def main(args):
     while again:
         robot = (SimulatedRobot if args.robot == "sim" else Duckiebot)(args, size, keys)
         end = drive(args, policy, robot, log)
-        log.save()
         if end.confirmed and end.cause:
             raise end.cause
         print(f"stopped: {end}")
@@ -227,22 +213,29 @@ def drive(args, policy, robot, log):
     except BaseException as e:
         end = Stop(repr(e), cause=e)
     finally:  # first the robot stands, then all else
-        ignore_signals()
+        with contextlib.suppress(Stop):  # of a signal that comes in just now
+            ignore_signals()
         try:
             end.confirmed = robot.stop(end.fault)
         finally:
             robot.keys.stop()
             gc.unfreeze()
+            log.save()  # before Ctrl-C counts again: it must not cost the recording
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return end
 
 
 def control(args, robot, driver, log):
-    """The loop: what is seen -> action -> capped duties"""
+    """The loop: what is seen -> action -> capped duties.
+
+    A robot, real or simulated: arm(driver) or UserError; observe() -> Seen, or Stop;
+    command(duties) -> when it was sent; wait() until the next step; stop(fault) -> whether it
+    stands; now(), keys, kinematics, max_speed (m/s).
+    """
     duties = np.zeros(2)
     end = robot.now() + args.max_seconds - len(log.rows) / HZ
-    while robot.now() < end - 1e-6:
+    while robot.now() < end - 1e-6:  # simulated time is a sum of tenths
         seen = robot.observe()
         action = np.asarray(driver(seen), np.float64)  # (2,)
         if action.shape != (2,) or not np.isfinite(action).all():
@@ -274,8 +267,10 @@ def interrupt(number, _):
 
 def check_args(args):
     """Mistakes that can be known before anything moves: UserError. Completes file names."""
-    caps = ("max_speed", "max_turn", "max_duty", "max_slew")
-    check_range(args, 1e-9, 10**9, "max_seconds", "hold", *caps)
+    check_range(args, 1e-9, 10**9, "max_seconds", "hold", "max_slew")
+    check_range(args, 1e-9, SPEED, "max_speed")
+    check_range(args, 1e-9, TURN, "max_turn")
+    check_range(args, 1e-9, 1.0, "max_duty")
     if args.image_size < 16 or args.image_size & (args.image_size - 1):
         raise UserError(f"--image-size must be 16, 32, 64, ..., it is {args.image_size}")
     if args.robot == "sim" and args.dry_run:
@@ -293,7 +288,7 @@ def check_args(args):
     for path in filter(None, (args.record, args.video, args.export)):
         if Path(path).exists():
             raise UserError(f"{path} exists already; choose another name")
-        write_atomically(path, lambda file: None)
+        write_atomically(path, lambda file: None)  # what can't be written is found now
         Path(path).unlink()
 
 
@@ -305,7 +300,7 @@ def policy_of(args):
         raise UserError("give --checkpoint, a policy.pt of train_policy.py, or another --drive")
     policy = load_policy(args.checkpoint)
     sizes = policy.sizes
-    if getattr(sizes, "channels", 3) != 3:
+    if sizes.channels != 3:
         raise UserError(f"{args.checkpoint} sees {sizes.channels} channels; the camera gives 3")
     if sizes.vector_size not in (0, 2) or sizes.action_size != 2:
         raise UserError(
@@ -441,7 +436,7 @@ def vector_of(v, omega):
 
 
 def read_calibration(path, what, needed):
-    """A calibration file as a dict. What is not `needed` may be missing."""
+    """A calibration file as a dict. It must hold one of the keys `needed` at least."""
     with explained(f"{path} is no calibration of the {what}", Exception):
         data = yaml.safe_load(Path(path).read_text())
         if not isinstance(data, dict) or not data.keys() & needed:
@@ -509,6 +504,9 @@ def picture(data, maps, size):
 
 
 # ---- The robot, over rosbridge -------------------------------------------------------------------
+
+# Link and watchdog also run as text in another process (start_watchdog). There they have nothing
+# of this file but each other, and only the modules that are imported there.
 
 
 class Link:
@@ -606,7 +604,7 @@ def watchdog(host, port, vehicle):
     print("ready", flush=True)
     armed = False
     while True:
-        heard = select.select([sys.stdin], [], [], 0.3 if armed else None)[0]
+        heard = select.select([sys.stdin], [], [], 0.3 if armed else None)[0]  # s, SILENT
         data = os.read(0, 4096) if heard else b""
         if b"x" in data or (armed and not data):
             break
@@ -650,13 +648,15 @@ class Duckiebot:
         self.changed = 0.0
         self.clock = np.inf  # s that this machine's clock is ahead of the robot's, at most
         self.ticks = {"left": deque(maxlen=64), "right": deque(maxlen=64)}  # (received, stamp, rad)
-        self.turned = {"left": 0.0, "right": 0.0}  # when a wheel last turned, or had no reason to
+        self.moved = {"left": 0.0, "right": 0.0}  # when a wheel last turned, or had no reason to
         self.sent = deque(maxlen=20)  # (left, right) that were not acknowledged yet
         self.executed = None  # when the robot executed its last command
         self.obeyed = False  # it executed something that was sent from here
         self.foreign = deque(maxlen=FOREIGN)  # (received, left, right) that were not
         self.flagged = False  # somebody set the emergency stop
         self.guarded = 0.0  # when the guard on the robot was last heard
+        self.counts_on_guard = False  # since it was armed
+        self.max_speed = args.max_speed
         self.first = None  # time of the first command; none is sent in a dry run
         self.commanded = None  # time of the last one
         self.find()
@@ -692,7 +692,8 @@ class Duckiebot:
         """-> when it came, its stamp. The quickest messages tell how far the clocks are apart."""
         now = time.monotonic()
         stamp = message["header"]["stamp"]["secs"] + 1e-9 * message["header"]["stamp"]["nsecs"]
-        self.clock = min(self.clock + 2e-6, now - stamp)  # 0.2 ms a second: clocks drift
+        # Clocks drift: with some 100 messages a second, this forgets 0.2 ms a second.
+        self.clock = min(self.clock + 2e-6, now - stamp)
         return now, stamp
 
     def on_image(self, message):
@@ -705,10 +706,10 @@ class Duckiebot:
 
     def on_tick(self, side, message):
         now, stamp = self.on_time(message)
-        turned = message["data"] * 2 * np.pi / message["resolution"]
-        if not self.ticks[side] or turned != self.ticks[side][-1][2]:
-            self.turned[side] = now
-        self.ticks[side].append((now, stamp, turned))
+        angle = message["data"] * 2 * np.pi / message["resolution"]
+        if not self.ticks[side] or angle != self.ticks[side][-1][2]:
+            self.moved[side] = now
+        self.ticks[side].append((now, stamp, angle))
 
     def on_executed(self, message):
         """What was sent comes back in its order; else somebody else sent it, or made it a zero"""
@@ -746,12 +747,14 @@ class Duckiebot:
             f"the camera's picture has not changed for {STALE} s": now - self.changed > STALE,
             "the camera sent something that is no JPEG of 640x480": frame.image is None,
             "somebody set the robot's emergency stop": self.flagged,
+            "the guard on the robot fell silent": self.counts_on_guard
+            and now - self.guarded > UNGUARDED,
             "another program drives the robot, or set its emergency stop: it executes what was "
             "not sent from here": crowd,
             f"no acknowledgement of the commands for {SILENT} s": unanswered > SILENT,
         }
         for side, ticks in self.ticks.items():
-            still = now - max(self.turned[side], started)
+            still = now - max(self.moved[side], started)
             faults[f"no ticks of the {side} wheel for {STALE} s"] = now - ticks[-1][0] > STALE
             faults[f"the {side} wheel stalled: no tick for {STALLED} s"] = still > STALLED
         for words, found in faults.items():
@@ -774,18 +777,18 @@ class Duckiebot:
 
     def command(self, duties):
         """Sends duties (left, right) when it is time, and a heartbeat. -> that time"""
-        last = self.commanded or np.inf
+        last = self.commanded or np.inf  # before the first command no step can be late
         self.keys.wait(min(self.seen.received + LAG, last + LONGEST))
         now = time.monotonic()
-        if now - last > SILENT:  # the watchdog has stopped the robot
+        if now - last > SILENT:  # too late for this picture; the watchdog may have stopped
             raise Stop(f"a step took {now - last:.2f} s")
         if self.watchdog:
             self.tell_watchdog(b"h")
             self.first = self.first or now
         self.send(*map(float, duties))
-        for side, duty in zip(self.turned, duties, strict=True):
+        for side, duty in zip(self.moved, duties, strict=True):
             if abs(duty) <= self.dead_zone or not self.first:
-                self.turned[side] = now
+                self.moved[side] = now
         self.commanded = now
         return now
 
@@ -795,6 +798,7 @@ class Duckiebot:
 
     def wait(self):
         """Until the next step's picture comes, or it is too late to wait longer; a key stops"""
+        # The next command follows its picture by LAG.
         ripe = self.commanded + SHORTEST - LAG
         late = self.commanded + PATIENCE - LAG
         while self.frame.received < ripe and time.monotonic() < late:
@@ -841,7 +845,7 @@ class Duckiebot:
         heard = select.select([self.watchdog.stdout], [], [], seconds)[0]
         return self.watchdog.stdout.readline() if heard else b""
 
-    def look(self, try_driver):
+    def look(self, driver):
         """Looks at all that can be wrong while the motors are off. UserError"""
         begun = time.monotonic()
         complete = None
@@ -855,7 +859,8 @@ class Duckiebot:
                 raise UserError(f"nothing comes from {', '.join(missing)}; is --vehicle right?")
             if not missing:
                 complete = complete or time.monotonic()
-            # Too little for any motor, but the answer tells what the robot makes of commands.
+            # Too little for any motor, but the answer tells what the robot makes of commands. A
+            # new duty each time, so that an answer is known for this one's.
             duty = 1e-4 * (1 + int(10 * (time.monotonic() - begun)))
             self.send(duty, duty)
             time.sleep(0.1)
@@ -865,19 +870,20 @@ class Duckiebot:
         if moved or (self.obeyed and len(self.foreign) == FOREIGN):
             raise UserError(f"not armed: another program drives, likely of {self.others()}; end it")
         self.foreign.clear()
-        self.flagged = False
+        self.flagged = False  # an emergency stop from before is no fault: arming clears it
         try:
             for _ in range(3):  # the first calls of a network are slow
-                try_driver(self.observe())
+                driver(self.observe())
         except Stop as e:
             raise UserError(f"not armed: {e}") from e
 
-    def arm(self, try_driver):
+    def arm(self, driver):
         """Looks, says what a person should know, and waits for that person's word. UserError"""
-        self.look(try_driver)
-        guard = time.monotonic() - self.guarded < 1
-        self.max_speed = self.args.max_speed or (SPEED if guard else UNGUARDED_SPEED)
-        if guard:
+        self.look(driver)
+        self.counts_on_guard = time.monotonic() - self.guarded < UNGUARDED
+        own = SPEED if self.counts_on_guard else UNGUARDED_SPEED
+        self.max_speed = self.args.max_speed or own
+        if self.counts_on_guard:
             print("a guard on the robot stops it when the commands cease")
         else:
             print("warning: NO GUARD runs on the robot (docs/duckiebot_guard.py): if the network")
@@ -886,7 +892,7 @@ class Duckiebot:
         if self.args.dry_run:
             return print("dry run: nothing is sent to the motors")
         self.start_watchdog()
-        if not self.obeyed:
+        if not self.obeyed:  # it executed zeros in the place of the probes
             print("the robot's emergency stop is set; arming clears it")
         print(f"{self.vehicle}: at most {self.max_speed} m/s, {self.args.max_seconds} s. Robot on")
         print("the road, way clear, hand near it? While it drives, ANY key but those that steer")
@@ -931,7 +937,8 @@ def load_simulator():
     with explained(words, ImportError), quiet():
         import contracts
 
-        contracts.disable_all()  # with the checks below most of a step's time, never violated
+        # Its checks, and those below, never fail and take most of a step's time.
+        contracts.disable_all()
         import geometry
         from duckietown_world.world_duckietown import pwm_dynamics
         from gym_duckietown import randomization, simulator
@@ -1096,8 +1103,8 @@ class SimulatedRobot:
     def now(self):
         return time.monotonic() if self.waits else self.clock
 
-    def arm(self, try_driver):
-        try_driver(self.observe())
+    def arm(self, driver):
+        driver(self.observe())
 
     def observe(self):
         self.deadline = self.now() + 1 / HZ
@@ -1115,8 +1122,8 @@ class SimulatedRobot:
             self.film.append(env.picture)
         before = np.arctan2(*self.info["position"])
         self.obs, reward, _, _, self.info = env.drive(env.sign * self.duties)
-        turned = np.arctan2(*self.info["position"]) - before
-        self.turned += (turned + np.pi) % (2 * np.pi) - np.pi
+        angle = np.arctan2(*self.info["position"]) - before
+        self.turned += (angle + np.pi) % (2 * np.pi) - np.pi
         self.rewards.append(reward)
         self.offsets.append(self.info["dist"])
         self.clock += 1 / HZ

@@ -13,7 +13,9 @@ disagrees about the next embedding. A task policy trains beside it on the predic
 One iteration of the loop in `main`:
 
     1. act in the environments and store x_t, a_t, reward, flags in the replay
-    2. world model:  -log p(x_t, r_t, c_t | z_t)                                world_model_loss
+    2. world model:  image_scale |image_t - decoder(z_t)|^2                     world_model_loss
+                     + vector_scale |symlog(vector_t) - head(z_t)|^2
+                     - reward_scale log p(r_t | z_t) - log p(c_t | z_t)
                      + 1.5 max(1, KL(sg q_t || p_t)) + 0.5 max(1, KL(q_t || sg p_t))
     3. ensemble:     each member predicts embed_{t+1} from (sigma_t, z_t, a_t)  Ensemble
     4. explore and task policy, from imagined trajectories                      improve
@@ -23,11 +25,11 @@ One iteration of the loop in `main`:
         actor:   -w_t (log pi(a_t | z_t) sg((R_t - v_t) / scale) + entropy_weight * entropy)
         critic:  -w_t (log p(R_t) + log p(mean of the slow critic))
 
-sg: stop-gradient. r and c: predicted reward and continue of ARRIVING at a state; v: the critic's
-mean; the slow critic follows the critic by 2 % an update; scale = max(return_floor, range of the
-returns from the 5th to the 95th percentile, averaged over some 100 updates). All other symbols:
-common.py. A KL below one nat is not reduced further ("free nat"). That is --learn reinforce, the
-paper's; --learn search is this project's, for laptops: see `search`.
+sg: stop-gradient. r and c: reward and continue of ARRIVING at a state, in R_t and w_t predicted
+ones; v: the critic's mean; the slow critic follows the critic by 2 % an update; scale =
+max(return_floor, range of the returns from the 5th to the 95th percentile, averaged over some 100
+updates). All other symbols: common.py. A KL below one nat is not reduced further ("free nat"). That
+is --learn reinforce, the paper's; --learn search is this project's, for laptops: see `search`.
 
     python draw_pretrain.py laptop --env-id redraw/PendulumSwingup-v0 --run-dir runs/source
 
@@ -84,7 +86,7 @@ class Args:
     seed: int = 1
     device: str = "auto"  # auto, cpu or cuda
     track: bool = False  # log to Weights & Biases too
-    bf16: bool = False  # networks compute in bfloat16, but for search; losses stay float32
+    bf16: bool = False  # networks compute in bfloat16, not under --learn search
     compile: bool = False  # torch.compile of the world model; the first update takes minutes
     log_every: int = 100  # updates between two lines in the logs
 
@@ -94,8 +96,8 @@ class Args:
     parallel_envs: bool = False  # each environment in a process, stepping while the models learn
     episode_steps: int | None = None  # end episodes after so many steps: more start states
     image_size: int = 64  # pixels of a side, for this project's environments
-    look: Literal["fast", "stock"] = "fast"  # of this project's; stock is dm_control's own, slower
-    start_speed: float = 0.0  # of this project's; half of the episodes start at up to +-this speed
+    look: Literal["fast", "stock"] = "fast"  # of redraw/ environments; stock: dm_control's, slower
+    start_speed: float = 0.0  # redraw/ ones: half of the episodes start with up to +-this velocity
     augment: float = 0.0  # 0 to 1: changes of looks (RGB only) that the encoder sees: more robust
     collect: Literal["explore", "task", "random", "mixed"] = "explore"  # mixed: 2 in 3 are task's
     prefill: int = 1024  # random steps before the first update
@@ -108,7 +110,7 @@ class Args:
     K: int = 4  # classes of each
     cnn_depth: int = 32  # channels of the first convolution; each further one doubles them
     vector_units: int = 1024  # of the networks that read and predict the vector
-    vector_layers: int = 5  # of the same networks
+    vector_layers: int = 5  # of the networks that read and predict the vector
     units: int = 512  # of posterior, dynamics, heads and ensemble
     actor_units: int = 512  # of actors and critics
     batch: int = 16  # B, sequences an update
@@ -130,13 +132,14 @@ class Args:
     policy_every: int = 1  # world-model updates for one of the task policy
     explore_every: int = 1  # world-model updates for one of the exploration policy
     gamma: float = 1 - 1 / 333  # larger: rewards farther away count
-    lam: float = 0.95  # lambda; larger: returns rest on imagined rewards, smaller: on the critic
-    entropy: float = 3e-4  # weight of the policies' entropy; larger: more random for longer
+    lam: float = 0.95  # reinforce: lambda; larger: returns rest on rewards, smaller: on the critic
+    entropy: float = 3e-4  # reinforce: weight of the entropy; larger: more random for longer
     actor_lr: float = 3e-5
     critic_lr: float = 3e-5
     return_floor: float = 0.01  # returns are divided by their range or, if larger, by this
-    restart: float = 1.0  # share of trajectories that start anew; the others go on where they ended
-    learn: Literal["reinforce", "search"] = "reinforce"  # how policies learn, see these functions
+    restart: float = 1.0  # share of trajectories that start anew; others go on from the last update
+    # reinforce is the paper's; search: of several trajectories from a state the best one teaches.
+    learn: Literal["reinforce", "search"] = "reinforce"
     candidates: int = 8  # search: trajectories from each start; more: better teachers, slower
     lesson_steps: int = 6  # search: gradient steps an update, from the last 20 updates' lessons
     least_reward: float = 0.0  # predicted rewards nearer to 0 count as 0: their sum can mislead
@@ -226,9 +229,9 @@ def world_model_loss(draw, data, args, soft):
     image_loss, vector_loss = draw.reconstruction_errors(z, data["image"], data["vector"])
     flat = z.flatten(-2)  # (B, T, Z)
     reward_loss = -twohot_log_prob(draw.reward_head(flat), data["reward"])  # (B, T)
-    cont = draw.continue_head(flat).squeeze(-1)  # (B, T), logit
+    cont_logit = draw.continue_head(flat).squeeze(-1)  # (B, T)
     goes_on = 1.0 - data["is_terminal"].float()
-    cont_loss = F.binary_cross_entropy_with_logits(cont, goes_on, reduction="none")  # (B, T)
+    cont_loss = F.binary_cross_entropy_with_logits(cont_logit, goes_on, reduction="none")  # (B, T)
 
     # KL with free nats. The first step of a sequence has no cause to be predicted from.
     follows = F.pad(~data["is_first"][:, 1:], (1, 0))  # (B, T), False at t = 0
@@ -269,7 +272,7 @@ class Ensemble(nn.Module):
 
     def forward(self, sigma, z, action):
         """Predictions (members, ..., E) from sigma, z (..., S, K) and action (..., A)"""
-        action = action / action.abs().clamp(min=1.0)
+        action = action.clamp(-1.0, 1.0)
         x = torch.cat([sigma.flatten(-2), z.flatten(-2), action], -1)
         return torch.stack([member(x) for member in self.members])
 
@@ -277,7 +280,7 @@ class Ensemble(nn.Module):
         """Squared error of the next embedding (or projection), summed; () from (B, T, ...)."""
         target = embed[:, 1:]  # (B, T-1, E)
         if self.projection is not None:
-            with torch.autocast(embed.device.type, enabled=False):
+            with torch.autocast(embed.device.type, enabled=False):  # a target wants all digits
                 target = target @ self.projection
         error = (self(sigma[:, :-1], z[:, :-1], action[:, :-1]) - target) ** 2
         return (error.sum(-1).mean(0) * ~is_first[:, 1:]).mean()
@@ -348,7 +351,8 @@ def reinforce(args, draw, dynamics, policy, z, sigma, alive, reward_of):
 
     Args: dynamics: a Rectified; policy: an ActorCritic; z, sigma (B, S, K), where to start;
         alive (B,), 0 where a start is terminal, else 1; reward_of(z_t, sigma_t, a_t, z_{t+1}).
-    Returns: loss (), actor's and critic's; metrics; the new range of returns (); z_H and sigma_H.
+    Returns: loss (), actor's and critic's; metrics; the new range of returns (); ends: z_H, sigma_H
+        and (B,), whether the episode goes on there.
     """
     with torch.no_grad():
         zs, sigmas, action = imagine(policy.actor, dynamics, z, sigma, args.horizon)
@@ -358,6 +362,7 @@ def reinforce(args, draw, dynamics, policy, z, sigma, alive, reward_of):
         value = twohot_mean(policy.critic(zs))  # (H+1, B)
         returns = lambda_returns(reward, discount, value, args.lam)  # (H, B)
         low, high = torch.quantile(returns, torch.tensor([0.05, 0.95], device=z.device))
+        # It starts at 0, so at first return_floor decides.
         new_range = 0.99 * policy.range + 0.01 * (high - low)
         scale = new_range.clamp(min=args.return_floor)
         advantage = (returns - value[:-1]) / scale
@@ -373,7 +378,8 @@ def reinforce(args, draw, dynamics, policy, z, sigma, alive, reward_of):
         "scale": scale,
         "critic_loss": loss_critic,
     }
-    return loss_actor + loss_critic, metrics, new_range, (zs[-1], sigmas[-1])
+    ends = (zs[-1], sigmas[-1], alive * draw.cont(zs[1:]).prod(0) > 0.5)
+    return loss_actor + loss_critic, metrics, new_range, ends
 
 
 @torch.no_grad()
@@ -389,8 +395,8 @@ def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
         w_t = min(1, lead / 0.05) for t < 5, else 0
 
     Args: as of `reinforce`.
-    Returns: lessons z_t, a_t, R_t, w_t of the best candidates, (H B, ...); metrics; z_H and sigma_H
-        of the best or of candidate 0, by chance.
+    Returns: lessons z_t, a_t, R_t, w_t of the best candidates, (H B, ...); metrics; ends, as of
+        `reinforce`, of the best or of candidate 0, by chance.
     """
     B, M = len(z), args.candidates
     z = z.repeat_interleave(M, 0)  # (B M, S, K)
@@ -418,8 +424,9 @@ def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     lessons = {name: value.flatten(0, 1) for name, value in lessons.items()}
     metrics = {"return": R_0[:, 0].mean(), "best_return": R_0.amax(1).mean()}
     metrics |= {"reward": reward.mean(), "lead": lead.clamp(max=1.0).mean()}
-    ends = torch.where(torch.rand(B, device=z.device) < 0.5, best, first)
-    return lessons, metrics, (zs[-1, ends], sigmas[-1, ends])
+    goes_on = alive * draw.cont(zs[1:]).prod(0) > 0.5  # (B M,)
+    last = torch.where(torch.rand(B, device=z.device) < 0.5, best, first)
+    return lessons, metrics, (zs[-1, last], sigmas[-1, last], goes_on[last])
 
 
 def lesson_loss(policy, z, a, R, w):
@@ -432,13 +439,14 @@ def improve(args, draw, dynamics, policy, adam, memory, z, sigma, alive, reward_
     """One update of a policy in imagination, from z, sigma (B, S, K).
 
     Args: memory: a deque of the last lessons of `search`; the others as of `reinforce`.
-    Returns: metrics; z and sigma where the trajectories ended, (B, S, K) each.
+    Returns: metrics; ends, as of `reinforce`.
     """
     if args.learn == "reinforce":
         with torch.autocast(z.device.type, torch.bfloat16, enabled=args.bf16):
-            loss, metrics, policy.range, ends = reinforce(
+            loss, metrics, new_range, ends = reinforce(
                 args, draw, dynamics, policy, z, sigma, alive, reward_of
             )
+        policy.range = new_range
         metrics["grad_norm"] = gradient_step(adam, loss, 100.0)
         policy.update_slow_critic()
         return metrics, ends
@@ -480,8 +488,8 @@ def main(args):
     if "WORLD_SIZE" in os.environ:  # torchrun: from here on gradients are averaged
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     options = {"look": args.look, "start_speed": args.start_speed}
-    shape = (args.n_envs, args.image_size, args.episode_steps, args.parallel_envs)
-    envs = make_envs(args.env_id, *shape, **options)
+    copies = (args.n_envs, args.image_size, args.episode_steps, args.parallel_envs)
+    envs = make_envs(args.env_id, *copies, **options)
     networks = ("S", "K", "cnn_depth", "vector_units", "vector_layers", "units", "actor_units")
     sizes = sizes_of(envs, **{name: getattr(args, name) for name in networks})
     if args.augment and sizes.channels != 3:
@@ -497,7 +505,7 @@ def main(args):
     optimizers = make_optimizers(args, **modules)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     model_loss = torch.compile(world_model_loss) if args.compile else world_model_loss
-    policies = (("task", task, args.policy_every), ("explore", explore, args.explore_every))
+    every = {"task": args.policy_every, "explore": args.explore_every}
 
     def task_reward(z, sigma, action, z_next):
         reward = draw.reward(z_next)
@@ -508,7 +516,7 @@ def main(args):
 
     rewards = {"task": task_reward, "explore": explore_reward}
     memories = {"task": deque(maxlen=20), "explore": deque(maxlen=20)}
-    ends = {}  # z and sigma where the last trajectories ended
+    ends = {}  # where each policy's last trajectories ended
 
     env_name = args.env_id.replace("/", "-").replace(":", "-")
     run = Run(args.run_dir or f"runs/pretrain-{env_name}-{args.seed}", args)
@@ -534,7 +542,7 @@ def main(args):
         by_policies = step > args.prefill and updates >= args.policy_start
         action = collector.act(obs, first, by_policies)
         if not np.isfinite(action).all():
-            run.log(updates, metrics)  # the training diverged: this names the term
+            run.log(updates, metrics)  # ends the run and names the term that diverged
         replay.add(
             **obs, action=action, reward=reward, is_first=first, is_last=last, is_terminal=terminal
         )
@@ -558,22 +566,22 @@ def main(args):
                 loss = ensemble.loss(sigma, z, data["action"], embed, data["is_first"])
             norm = gradient_step(optimizers["ensemble_adam"], loss, 100.0)
             metrics |= {"explore/ensemble_loss": loss, "explore/ensemble_grad_norm": norm}
+
             # 4. Policies, imagined from some of the same posterior states.
             pick = torch.randperm(args.batch * args.length, device=device)[: args.starts]
             alive = 1.0 - data["is_terminal"].flatten()[pick].float()  # (starts,)
             start = (z.flatten(0, 1)[pick], sigma.flatten(0, 1)[pick], alive)  # (starts, S, K)
-            for name, policy, every in policies:
-                if updates >= args.policy_start and updates % every == 0:
+            for name in every:
+                if updates >= args.policy_start and updates % every[name] == 0:
                     begin_at = continued(args, ends.get(name), *start)
-                    tools = (policy, optimizers[f"{name}_adam"], memories[name])
+                    learner = (modules[name], optimizers[f"{name}_adam"], memories[name])
                     found, ends[name] = improve(
-                        args, draw, dynamics, *tools, *begin_at, rewards[name]
+                        args, draw, dynamics, *learner, *begin_at, rewards[name]
                     )
-                    metrics |= {f"{name}/{k}": v.detach() for k, v in found.items()}
+                    metrics |= {f"{name}/{k}": v for k, v in found.items()}
             updates += 1
             if updates % args.log_every == 0 or updates == total:
                 report(run, args, updates, total, metrics, finished, replay, bar)
-
         outcome = envs.step_wait() if args.parallel_envs else envs.step(action)
         obs, reward, terminal, truncated, _ = outcome
         first = last  # the step after an episode's end resets
@@ -666,11 +674,11 @@ def set_learning_rate(args, optimizers, update, total):
 
 
 def continued(args, ends, z, sigma, alive):
-    """Starts z, sigma (B, S, K) and alive (B,); a share 1 - restart is where the last trajectories
-    ended, `ends` (z, sigma), so that states are seen that are farther from the data."""
+    """Starts z, sigma (B, S, K) and alive (B,). A share 1 - restart of the last trajectories goes
+    on where it ended (`ends`, of `reinforce`), so that states farther from the data are seen."""
     if ends is None or args.restart == 1.0:
         return z, sigma, alive
-    on = torch.rand(len(z), device=z.device) >= args.restart
+    on = (torch.rand(len(z), device=z.device) >= args.restart) & ends[2]
     z = torch.where(on[:, None, None], ends[0], z)
     sigma = torch.where(on[:, None, None], ends[1], sigma)
     return z, sigma, torch.where(on, 1.0, alive)
@@ -679,15 +687,15 @@ def continued(args, ends, z, sigma, alive):
 class Collector:
     """Who acts in which environment: random actions or, by episode, one of the policies.
 
-    A policy that acts by its mean adds noise in half of its episodes. The others, the quiet ones,
-    go where it will go when it is deployed. There the world model must be right.
+    A policy that acts by its mean adds noise in half of its episodes. In the others, the quiet
+    ones, it goes where it will go when it is deployed: there the world model must be right.
     """
 
     def __init__(self, args, sizes, draw, policies):
         self.hold = args.hold
         self.gain = args.gain
-        self.noise = np.zeros((args.n_envs, sizes.action_size), np.float32)
-        self.noise = held_noise(self.noise, 1.0, args.gain)
+        nothing = np.zeros((args.n_envs, sizes.action_size), np.float32)
+        self.noise = held_noise(nothing, 1.0, args.gain)
         self.by_mean = args.learn == "search"
         self.actors = {k: Policy(sizes, draw, p.actor, self.by_mean) for k, p in policies.items()}
         self.names = ("explore", "task", "task") if args.collect == "mixed" else (args.collect,)

@@ -8,19 +8,20 @@ heads of the source stay, and only the latent dynamics are corrected, before the
     sigma_t = softmax(u_t)                                  the rectified belief, fed back, sg
     loss    = KL( sg q(z_t | x_t) || Categorical(softmax(u_t)) )    first steps masked
 
-sg: stop-gradient, so each e_t answers for its own step and no gradient goes through time. q: the
-frozen posterior; each frame is encoded once, before training. Other symbols: common.py, where the
-first three lines are `Rectified`. The fourth is `residual_loss`. Not in the paper, and off in its
-preset: corrections stay small (--l2), and what is saved is an average of the last updates' weights
-(--ema-decay). On a laptop policies depend on both: docs/experiments.md.
+z: latent sample, a: action, sigma: belief, q: the frozen posterior; each frame is encoded once,
+before training. sg: stop-gradient, so each e_t answers for its own step, no gradient goes through
+time. The first three lines are common.Rectified, the fourth is `residual_loss` here. All symbols:
+common.py. Not in the paper, and off in the preset `paper`: corrections stay small (--l2), and what
+is saved is an average of the last updates' weights (--ema-decay). On a laptop policies depend on
+both: docs/experiments.md.
 
     python redraw_adapt.py laptop --checkpoint runs/source/draw.pt --run-dir runs/adapted \
         --target-env-id redraw/PendulumSwingupReversed-v0
 
 records runs/adapted/dataset.npz, without rewards, writes best.pt (least KL on held-out episodes)
 and last.pt, and says how it went: report.txt, result.json and prediction.gif, real above predicted
-frames. --dataset takes data of yours; with both, the new rows are added to it. Next:
-train_policy.py.
+frames. --dataset takes data of yours instead; with both flags dataset.npz holds yours and then the
+new rows. Next: train_policy.py.
 """
 
 import dataclasses
@@ -81,11 +82,11 @@ class Args:
 
     # Recording, where the target is a simulator; rows of --dataset, if it is given, come first
     target_env_id: str | None = None  # a Gymnasium id or module:id
-    collect_steps: int = 40_000  # rows to record
+    collect_steps: int = 40_000  # rows to record, in all environments together
     collect_policy: str = "zero-shot"  # the source's task policy; random, explore, or a policy.pt
     collect_noise: float = 0.0  # share of the steps that act at random; larger: more states seen
     hold: float = 8.0  # a random action lasts so many steps on average; larger: farther swings
-    gain: float = 1.0  # in every other episode random actions lie in +-gain, cut to +-1
+    gain: float = 1.0  # every other episode's random actions lie in +-gain, cut to +-1: fuller ones
     episode_steps: int | None = None  # shorter episodes than the environment's: more start states
     n_envs: int = 4
     look: Literal["fast", "stock"] = "fast"  # as in stage 1
@@ -98,14 +99,14 @@ class Args:
     # What delta sees beside z, a: nothing; the belief sigma_{t-1}; or f's prediction softmax(f_t).
     inputs: Literal["za", "za+sigma", "za+base"] = "za"
     members: int = 1  # deltas whose corrections are averaged; more: steadier and slower
-    lr: float = 1e-2
+    lr: float = 1e-2  # of delta
     finetune_lr: float = 1e-4  # of --method finetune
     updates: int = 3_000_000
     batch: int = 16  # B, sequences an update
     length: int = 64  # T, steps of a sequence; longer: beliefs that have run for longer
-    soft: float = 0.0  # share of sequences with z = q, no samples; search imagines with such z
+    soft: float = 0.0  # share of sequences with z = q, no samples: --learn search of stage 3 has it
     l2: float = 0.0  # of `residual`: weight of e's mean square; larger: nearer to the source
-    ema_decay: float = 0.0  # what is saved averages the last 1 / (1 - it) updates; 0: no average
+    ema_decay: float = 0.0  # what is saved averages some 1 / (1 - ema_decay) last updates
 
 
 LAPTOP = Args(
@@ -160,6 +161,7 @@ def residual_loss(draw, rectified, log_q, z, action, is_first, l2=0.0):
         e = rectified.residuals(z_prev, a_prev)  # (members, B, T, S, K)
         _, base = unroll(draw, rectified, z_prev, a_prev, first, e.mean(0))
     else:
+        # delta sees what the recurrence yields, which has no gradient: so e once more, with it.
         sigma_prev, base = unroll(draw, rectified, z_prev, a_prev, first)
         e = rectified.residuals(z_prev, a_prev, sigma_prev, base)  # (members, B, T, S, K)
     u = base + e  # (members, B, T, S, K), has a gradient through e alone
@@ -172,6 +174,7 @@ def residual_loss(draw, rectified, log_q, z, action, is_first, l2=0.0):
 def unroll(draw, rectified, z_prev, a_prev, first, e=None):
     """The rectified belief's recurrence, sigma_t = softmax(f_t + e_t), without gradient.
 
+    Args: e (B, T, S, K), where it is known already; else it is computed on the way.
     Returns: sigma_{t-1} and f_t = f(z_{t-1}, sigma_{t-1}, a_{t-1}), (B, T, S, K) each.
     """
     _, sigma0 = draw.initial()
@@ -225,7 +228,8 @@ def mean_kl(draw, dynamics, data, rows, length):
 
 def sequences(data, rows, starts, length, soft=0.0):
     """Sequences of `length` rows that begin at the starts-th of `rows`: log_q and samples z
-    (B, T, S, K), action (B, T, A), is_first (B, T). In a share `soft` of them z is q itself."""
+    (B, T, S, K), action (B, T, A), is_first (B, T). In a share `soft` of them z is q itself. They
+    may cross borders of episodes, where is_first is true."""
     t = torch.from_numpy(rows[starts[:, None] + np.arange(length)]).to(data["log_q"].device)
     log_q = data["log_q"][t]
     z = sample_onehot(log_q.exp())
@@ -359,7 +363,8 @@ def check(args):
 
 
 def source_range(checkpoint):
-    """The yardsticks of the report from draw.pt; None of an unfinished stage 1"""
+    """What stage 1 measured of itself, for the report: "kl", and for each of FRAME_FIGURES its 1,
+    50 and 99 % quantiles over frames; None if it was not finished."""
     home = checkpoint.get("source_range")
     with explained(f"{checkpoint['file']} is damaged: its source_range makes no sense"):
         if home is not None and not home["kl"] > 0:
@@ -405,9 +410,11 @@ def collect(args, envs, policy):
     rows = []
     for _ in tqdm(range(args.collect_steps // n), "recording", unit="step", unit_scale=n):
         fresh = np.random.rand(n) < 1.0 / args.hold
+        # A share --collect-noise of a policy's steps is random, --hold steps at a time.
         noisy = np.where(fresh, np.random.rand(n) < args.collect_noise, noisy)
         gain = np.where(episode % 2, args.gain, 1.0)[:, None]  # every other episode is calm
-        action = noise = held_noise(noise, args.hold, gain)
+        noise = held_noise(noise, args.hold, gain)
+        action = noise
         if policy is not None:
             action = np.where(noisy[:, None], noise, policy(obs["image"], obs["vector"]))
         flags = {"is_first": first, "is_last": last, "is_terminal": terminal}
@@ -450,6 +457,8 @@ def split_episodes(is_first, args):
     usable = lengths[lengths >= T].sum() / N
     if usable < 0.5:
         raise UserError(f"only {usable:.0%} of the rows lie in sequences of --length {T} or more")
+    if not args.holdout:
+        return {"train": np.arange(N)}
     order = np.random.default_rng(args.seed).permutation(len(lengths))
     order = order[lengths[order] >= T]
     n = max(1, round(args.holdout * len(order)))
@@ -457,8 +466,6 @@ def split_episodes(is_first, args):
     if n == len(order):
         held_out = np.arange(N) >= N - max(T, round(args.holdout * N))
     rows = {"train": np.flatnonzero(~held_out), "held-out": np.flatnonzero(held_out)}
-    if not args.holdout:
-        return {"train": np.arange(N)}
     if len(rows["train"]) < T:
         raise UserError(f"{N} rows are too few to hold some out and train on --length {T}")
     return rows
@@ -491,7 +498,7 @@ def report(run, args, checkpoint, draw, rectified, dataset, data, rows):
     held_out = rows.get("held-out", rows["train"])
     found, film = measure(models, home, dataset, data, held_out)
     figures |= found
-    words = verdicts(figures) if home else ["NO VERDICT: stage 1 was not finished"]
+    words = verdicts(figures, args.method) if home else ["NO VERDICT: stage 1 was not finished"]
     text = f"{args.method}; KL in nats a step, squared errors, shares\n"
     for name, numbers in figures.items():
         words_of = [f"{k} {v if isinstance(v, int) else f'{v:.4g}'}" for k, v in numbers.items()]
@@ -513,7 +520,8 @@ def measure(models, home, dataset, data, rows):
     episodes = np.split(rows, np.flatnonzero(dataset["is_first"][rows]))
     H = min(40, max(map(len, episodes)) - 1)
     starts = np.concatenate([e[: max(0, len(e) - H) : H + 1] for e in episodes])
-    t = starts[:: -(-len(starts) // 64), None] + np.arange(H + 1)  # (n, H + 1)
+    stride = -(-len(starts) // 64)  # at most 64 sequences
+    t = starts[::stride, None] + np.arange(H + 1)  # (n, H + 1)
     log_q = data["log_q"][t]  # (n, H + 1, S, K)
     keys = ("image", "vector", "action")
     image, vector, action = (torch.from_numpy(dataset[key][t]).to(log_q.device) for key in keys)
@@ -533,6 +541,7 @@ def measure(models, home, dataset, data, rows):
     film = (film.clamp(0.0, 1.0) * 255.0).byte().cpu().numpy()
 
     # The residual, from the rectified beliefs; KL of each latent variable.
+    draw, dynamics = models["rectified"]
     u = draw.observe(z, action, torch.zeros_like(data["is_first"][t]), dynamics)
     base = models["base"][1](z[:, :-1], softmax(u)[:, :-1], action[:, :-1]).log_softmax(-1)
     acts = (base.exp() * (base - u[:, 1:].log_softmax(-1))).sum(-1).mean((0, 1))  # (S,)
@@ -552,8 +561,8 @@ def measure(models, home, dataset, data, rows):
     return figures, film.repeat(3, 1).repeat(3, 2)
 
 
-def verdicts(figures):
-    """What the figures mean: a sentence for each failure that they show"""
+def verdicts(figures, method):
+    """What the figures of a --method mean: a sentence for each failure that they show"""
     found = []
     shares = figures["frames outside the source's range"]
     drifted = [f"{name} in {share:.0%}" for name, share in shares.items() if share > DRIFT]
@@ -567,7 +576,9 @@ def verdicts(figures):
     ratio = kl["rectified"] / kl["source"]
     if not ratio <= PLATEAU:
         advice = "larger --hidden, --layers 2, --inputs za+sigma, more --updates"
-        if drifted:
+        if method in ("none", "finetune"):
+            advice = "--method residual"
+        elif drifted:
             advice = "mend the drift first, which alone can cause it"
         elif figures["KL train"]["rectified"] <= PLATEAU * kl["source"]:
             advice = "train KL is lower, so it is overfitted: more target data, a smaller --hidden"

@@ -81,7 +81,7 @@ class Args:
     seed: int = 1
     device: str = "auto"  # auto, cpu or cuda
     track: bool = False  # log to Weights & Biases too
-    bf16: bool = False  # networks compute in bfloat16, but for search; losses stay float32
+    bf16: bool = False  # networks compute in bfloat16, not under --learn search
     log_every: int = 100  # updates between two lines in the logs
 
     # Evaluation, in environments of these Gymnasium ids (or module:id)
@@ -92,22 +92,23 @@ class Args:
     look: Literal["fast", "stock"] = "fast"  # as in stage 1
 
     # Imagination
-    updates: int = 3_000_000  # 0, with --warm-start both: stage 1's policy is evaluated as it is
+    updates: int = 3_000_000  # 0 with --warm-start both: evaluates stage 1's policy, untrained
     batch: int = 16  # B, sequences of the dataset an update
     length: int = 64  # T, steps of a sequence
     starts: int = 341  # imagined trajectories an update, from states of these sequences
     rewarded: float = 0.0  # share of the sequences that begin where unusual reward is predicted
-    restart: float = 1.0  # share of trajectories that start anew; the others go on where they ended
+    restart: float = 1.0  # share of trajectories that start anew; others go on from the last update
     horizon: int = 40  # H
     least_reward: float = 0.0  # predicted rewards nearer to 0 count as 0: their sum can mislead
     gamma: float = 1 - 1 / 333  # larger: rewards farther away count
     actor_lr: float = 3e-5
     critic_lr: float = 3e-5
     decay: bool = False  # the learning rate falls to zero along a cosine: a run ends settled
-    ema_decay: float = 0.0  # the actor that acts averages the last 1 / (1 - it) updates
+    ema_decay: float = 0.0  # the actor that acts averages some 1 / (1 - ema_decay) last updates
     return_floor: float = 1.0  # least scale of returns; smaller: small rewards count more
     pessimism: float = 0.0  # larger: rewards shrink more where --members of stage 2 disagree
-    warm_start: Literal["none", "critic", "both"] = "none"  # begin with stage 1's critic and actor
+    # Begin with the networks of stage 1's task policy: none, its critic, or critic and actor.
+    warm_start: Literal["none", "critic", "both"] = "none"
 
     # How actor and critic learn
     learn: Literal["reinforce", "search"] = "reinforce"
@@ -225,7 +226,8 @@ def reinforce(args, draw, dynamics, policy, z, sigma, alive, reward_of):
 
     Args: dynamics: a Rectified; policy: an ActorCritic; z, sigma (B, S, K), where to start;
         alive (B,), 0 where a start is terminal, else 1; reward_of(z_t, sigma_t, a_t, z_{t+1}).
-    Returns: loss (), actor's and critic's; metrics; the new range of returns (); z_H and sigma_H.
+    Returns: loss (), actor's and critic's; metrics; the new range of returns (); ends: z_H, sigma_H
+        and (B,), whether the episode goes on there.
     """
     with torch.no_grad():
         zs, sigmas, action = imagine(policy.actor, dynamics, z, sigma, args.horizon)
@@ -235,6 +237,7 @@ def reinforce(args, draw, dynamics, policy, z, sigma, alive, reward_of):
         value = twohot_mean(policy.critic(zs))  # (H+1, B)
         returns = lambda_returns(reward, discount, value, args.lam)  # (H, B)
         low, high = torch.quantile(returns, torch.tensor([0.05, 0.95], device=z.device))
+        # It starts at 0, so at first return_floor decides.
         new_range = 0.99 * policy.range + 0.01 * (high - low)
         scale = new_range.clamp(min=args.return_floor)
         advantage = (returns - value[:-1]) / scale
@@ -250,7 +253,8 @@ def reinforce(args, draw, dynamics, policy, z, sigma, alive, reward_of):
         "scale": scale,
         "critic_loss": loss_critic,
     }
-    return loss_actor + loss_critic, metrics, new_range, (zs[-1], sigmas[-1])
+    ends = (zs[-1], sigmas[-1], alive * draw.cont(zs[1:]).prod(0) > 0.5)
+    return loss_actor + loss_critic, metrics, new_range, ends
 
 
 @torch.no_grad()
@@ -266,8 +270,8 @@ def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
         w_t = min(1, lead / 0.05) for t < 5, else 0
 
     Args: as of `reinforce`.
-    Returns: lessons z_t, a_t, R_t, w_t of the best candidates, (H B, ...); metrics; z_H and sigma_H
-        of the best or of candidate 0, by chance.
+    Returns: lessons z_t, a_t, R_t, w_t of the best candidates, (H B, ...); metrics; ends, as of
+        `reinforce`, of the best or of candidate 0, by chance.
     """
     B, M = len(z), args.candidates
     z = z.repeat_interleave(M, 0)  # (B M, S, K)
@@ -295,8 +299,9 @@ def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     lessons = {name: value.flatten(0, 1) for name, value in lessons.items()}
     metrics = {"return": R_0[:, 0].mean(), "best_return": R_0.amax(1).mean()}
     metrics |= {"reward": reward.mean(), "lead": lead.clamp(max=1.0).mean()}
-    ends = torch.where(torch.rand(B, device=z.device) < 0.5, best, first)
-    return lessons, metrics, (zs[-1, ends], sigmas[-1, ends])
+    goes_on = alive * draw.cont(zs[1:]).prod(0) > 0.5  # (B M,)
+    last = torch.where(torch.rand(B, device=z.device) < 0.5, best, first)
+    return lessons, metrics, (zs[-1, last], sigmas[-1, last], goes_on[last])
 
 
 def doubt(rectified, z, sigma, action):
@@ -320,13 +325,14 @@ def improve(args, draw, dynamics, policy, adam, memory, z, sigma, alive, reward_
     """One update of a policy in imagination, from z, sigma (B, S, K).
 
     Args: memory: a deque of the last lessons of `search`; the others as of `reinforce`.
-    Returns: metrics; z and sigma where the trajectories ended, (B, S, K) each.
+    Returns: metrics; ends, as of `reinforce`.
     """
     if args.learn == "reinforce":
         with torch.autocast(z.device.type, torch.bfloat16, enabled=args.bf16):
-            loss, metrics, policy.range, ends = reinforce(
+            loss, metrics, new_range, ends = reinforce(
                 args, draw, dynamics, policy, z, sigma, alive, reward_of
             )
+        policy.range = new_range
         metrics["grad_norm"] = gradient_step(adam, loss, 100.0)
         policy.update_slow_critic()
         return metrics, ends
@@ -377,7 +383,7 @@ def main(args):
     deployed = Policy(draw.sizes, draw, mean_actor, by_mean=args.learn == "search")
     inputs = [path for path in (args.checkpoint, args.dataset) if path]
     run = Run(args.run_dir or f"runs/policy-{args.seed}", args, inputs)
-    if args.updates:
+    if args.updates:  # slow, so it comes after all that can fail
         data = encode(draw, dataset, device)
         del dataset
     modules = {"policy": policy, "mean_actor": mean_actor, "adam": adam}
@@ -395,14 +401,16 @@ def main(args):
         return reward
 
     start_time = time.time()
-    ends = saved.get("ends")
-    ends = ends and tuple(value.to(device) for value in ends)
+    ends = None  # where the last trajectories ended
+    if "ends" in saved:
+        ends = tuple(value.to(device) for value in saved["ends"])
     bar = tqdm(total=args.updates, initial=begin, unit="update", mininterval=1.0)
     for update in range(begin + 1, args.updates + 1):
         set_learning_rate(args, adam, update)
         start = continued(args, ends, *start_states(args, draw, rectified, data))
         metrics, ends = improve(args, draw, rectified, policy, adam, memory, *start, reward_of)
-        follow(mean_actor, policy.actor, max(1.0 / update, 1.0 - args.ema_decay))
+        rate = max(1.0 / update, 1.0 - args.ema_decay)  # at first a plain mean
+        follow(mean_actor, policy.actor, rate)
         bar.update()
 
         if update % args.log_every == 0:
@@ -478,8 +486,8 @@ def start_states(args, draw, rectified, data):
     t = begin[:, None] + torch.arange(args.length, device=device)  # (B, T)
     z = sample_onehot(data["log_q"][t].exp())  # (B, T, S, K)
     sigma = softmax(draw.observe(z, data["action"][t], data["is_first"][t], rectified))
-    if args.learn == "search":
-        z = data["log_q"][t].exp()  # no samples
+    if args.learn == "search":  # starts from q itself; the belief above wants samples, as f does
+        z = data["log_q"][t].exp()
     pick = torch.randperm(args.batch * args.length, device=device)[: args.starts]
     z = z.flatten(0, 1)[pick]
     sigma = sigma.flatten(0, 1)[pick]
@@ -488,11 +496,11 @@ def start_states(args, draw, rectified, data):
 
 
 def continued(args, ends, z, sigma, alive):
-    """Starts z, sigma (B, S, K) and alive (B,); a share 1 - restart is where the last trajectories
-    ended, `ends` (z, sigma), so that states are seen that are farther from the data."""
+    """Starts z, sigma (B, S, K) and alive (B,). A share 1 - restart of the last trajectories goes
+    on where it ended (`ends`, of `reinforce`), so that states farther from the data are seen."""
     if ends is None or args.restart == 1.0:
         return z, sigma, alive
-    on = torch.rand(len(z), device=z.device) >= args.restart
+    on = (torch.rand(len(z), device=z.device) >= args.restart) & ends[2]
     z = torch.where(on[:, None, None], ends[0], z)
     sigma = torch.where(on[:, None, None], ends[1], sigma)
     return z, sigma, torch.where(on, 1.0, alive)
@@ -553,6 +561,7 @@ def evaluate(args, env_id, policy, most_frames=500):
     returns = []
     frames = []
     while len(returns) < args.eval_episodes:
+        # Other episodes than those of any training.
         obs, _ = envs.reset(seed=args.seed + 20_000 + len(returns))
         total = np.zeros(envs.num_envs)
         running = np.ones(envs.num_envs, bool)

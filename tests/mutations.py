@@ -72,8 +72,8 @@ no straight-through gradient
 -return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
 +return onehot
 slow critic too quick
--slow.lerp_(fast, rate)
-+slow.lerp_(fast, 1 - rate)
+-self.critic.parameters(), strict=True):
++self.slow_critic.parameters(), strict=True):
 
 == common.py | method/test_oracles.py -k belief or residual or mean_kl
 unimix on the belief
@@ -92,8 +92,8 @@ the action goes on over a border
 -a_prev = torch.where(first[..., None], 0.0, action.roll(1, 1))
 +a_prev = action.roll(1, 1)
 actions beyond the bounds
--        action = action / action.abs().clamp(min=1.0)  # into
-+        pass  # into
+-        action = action.clamp(-1.0, 1.0)  # as
++        pass  # as
 the initial z is the belief
 -return F.one_hot(sigma.argmax(-1), self.sizes.K).to(sigma), sigma
 +return sigma, sigma
@@ -101,8 +101,8 @@ residual added after the softmax
 -return base + self.residual(z, action, sigma, base) if self.uses_delta else base
 +return (softmax(base) + self.residual(z, action, sigma, base)) if self.uses_delta else base
 the residual's inputs in another order
--inputs = [z.flatten(-2), action / action.abs().clamp(min=1.0)]
-+inputs = [action / action.abs().clamp(min=1.0), z.flatten(-2)]
+-inputs = [z.flatten(-2), action.clamp(-1.0, 1.0)]
++inputs = [action.clamp(-1.0, 1.0), z.flatten(-2)]
 the residual sees the base's logits
 -inputs.append(softmax(base).flatten(-2))
 +inputs.append(base.flatten(-2))

@@ -324,6 +324,9 @@ def test_mistakes_before_the_motors_are_armed(robot, drive, tmp_path):
         ({"video": "x"}, "--video"),
         ({"drive": "joystick", "joystick": stick}, "joystick"),
         ({"max_speed": -1.0}, "max-speed"),
+        ({"max_speed": 0.3}, "max-speed"),  # a cap can't raise what an action of 1 commands
+        ({"max_turn": 9.0}, "max-turn"),
+        ({"max_duty": 1.1}, "max-duty"),
         ({"image_size": 48}, "--image-size"),
         ({"robot": "sim", "dry_run": True}, "--dry-run"),
     ):
@@ -557,6 +560,13 @@ def test_without_a_guard_the_cap_is_lower_unless_asked_for(robot, drive, capsys,
     assert drive(Script(action=(1.0, 0.0)), max_seconds=1.5, max_speed=max_speed) is None
     assert max(c[1] for c in robot.moving()) == pytest.approx(most / (0.0318 * 27), rel=1e-4)
     assert "NO GUARD" in capsys.readouterr().out
+
+
+def test_a_guard_that_falls_silent_stops_the_drive(robot, drive):
+    """The higher cap of speed counts on it."""
+    robot.when(10, lambda: setattr(robot, "guard", False))
+    assert "the guard on the robot fell silent" in str(drive(Script()))
+    check_stopped(robot, robot.fault_time + deploy.UNGUARDED)
 
 
 # ---- Somebody else stops or drives ----
@@ -911,6 +921,8 @@ def test_no_fault_loses_what_was_recorded(robot, drive, tmp_path, monkeypatch, c
 
     def save(path, data):
         stood.append(robot.motors == (0, 0) and robot.commands[-1][1:3] == (0, 0))
+        for number in deploy.STOPPING:  # an impatient Ctrl-C must not cost the recording
+            stood.append(signal.getsignal(number) == signal.SIG_IGN)
         if fault == "a full disk" and path == given:
             raise UserError(f"can't write {path}: No space left on device")
         write(path, data)

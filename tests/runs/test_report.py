@@ -269,12 +269,12 @@ HIGH, LOW = LIMIT + 0.01, LIMIT - 0.01
     ],
 )
 def test_verdicts(figures, words):
-    (verdict,) = verdicts(figures)
+    (verdict,) = verdicts(figures, "residual")
     assert verdict.startswith(words[0]) and all(w in verdict for w in words)
 
 
 def test_both_verdicts():
-    drift, plateau = verdicts(made_up(held_out=9.0, train=9.0, outside=0.9))
+    drift, plateau = verdicts(made_up(held_out=9.0, train=9.0, outside=0.9), "replace")
     assert drift.startswith("VISUAL DRIFT") and plateau.startswith("CAPACITY PLATEAU")
     assert "--hidden" not in plateau and "drift" in plateau  # no wrong track
 
@@ -282,7 +282,13 @@ def test_both_verdicts():
 def test_verdict_without_held_out_rows():
     figures = made_up(train=9.0)
     del figures["KL held-out"]
-    assert verdicts(figures)[0].startswith("CAPACITY PLATEAU")
+    assert verdicts(figures, "residual")[0].startswith("CAPACITY PLATEAU")
+
+
+@pytest.mark.parametrize("method", ["none", "finetune"])
+def test_no_advice_on_a_residual_where_there_is_none(method):
+    (verdict,) = verdicts(made_up(held_out=HIGH, train=1.0), method)
+    assert "--method residual" in verdict and "--hidden" not in verdict
 
 
 # ---- the files
