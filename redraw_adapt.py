@@ -24,6 +24,7 @@ frames. --dataset takes data of yours instead; with both flags dataset.npz holds
 new rows. Next: train_policy.py.
 """
 
+import copy
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -251,10 +252,7 @@ def main(args):
     rectified = Rectified(draw, args.method, args.hidden, args.layers, args.inputs, args.members)
     rectified.to(device)
     # What is judged and saved: the same two, with the average of the trained weights.
-    mean_draw = load_draw(checkpoint, device)
-    mean_rectified = Rectified(mean_draw, **rectified.options).to(device)
-    mean_rectified.load_state_dict(rectified.state_dict())
-    means = (mean_draw, mean_rectified)
+    means = mean_draw, mean_rectified = copy.deepcopy((draw, rectified))
 
     # Mistakes in flags and data are found before the folder is made.
     folder = args.run_dir or f"runs/adapt-{args.method}-{args.seed}"
@@ -275,8 +273,11 @@ def main(args):
     run = Run(folder, args, [file for file in (args.checkpoint, args.dataset) if file])
     if recording:
         path.unlink(missing_ok=True)  # an older run's, which --resume must not take
-        dataset = joined(dataset, collect(args, envs, policy))
+        recorded = collect(args, envs, policy)
         del envs, policy  # and the renderers' memory
+        if dataset is not None:
+            recorded = {k: np.concatenate([dataset[k], new]) for k, new in recorded.items()}
+        dataset = recorded
         save_dataset(path, dataset)
         rows = split_episodes(dataset["is_first"], args)
     data = encode(draw, dataset, device)  # each frame once; no update touches an image
@@ -353,13 +354,11 @@ def check(args):
     check_range(args, 1, 10**12, "hold", "episode_steps", "log_every", "save_every")
     check_range(args, 1e-9, 1, "lr", "finetune_lr")
     check_range(args, 1, 65536, "n_envs", "batch", "hidden", "layers", "members")
-    check_range(args, 2, 65536, "length")  # a first step has nothing to be predicted from
-    check_range(args, 2, 10**12, "dataset_rows")
-    check_range(args, 0, 10**9, "updates")
+    check_range(args, 2, 10**9, "length", "dataset_rows")  # a first step has no cause
+    check_range(args, 0, 10**9, "updates", "l2")
     check_range(args, 0, 0.9, "holdout")
     check_range(args, 0, 1, "collect_noise", "soft")
     check_range(args, 0, 1 - 1e-9, "ema_decay")
-    check_range(args, 0, 10**6, "l2")
 
 
 def source_range(checkpoint):
@@ -425,13 +424,6 @@ def collect(args, envs, policy):
         episode = episode + first
     envs.close()
     return {key: np.concatenate(np.stack([row[key] for row in rows], 1)) for key in rows[0]}
-
-
-def joined(dataset, new):
-    """The rows of a dataset, or of none, and then the new ones"""
-    if dataset is None:
-        return new
-    return {key: np.concatenate([dataset[key], value]) for key, value in new.items()}
 
 
 @torch.no_grad()
@@ -546,8 +538,8 @@ def measure(models, home, dataset, data, rows):
     base = models["base"][1](z[:, :-1], softmax(u)[:, :-1], action[:, :-1]).log_softmax(-1)
     acts = (base.exp() * (base - u[:, 1:].log_softmax(-1))).sum(-1).mean((0, 1))  # (S,)
     most = acts.argsort(descending=True)[:5].tolist()
-    figures["KL(base || rectified)"] = {f"variable {i}": acts[i].item() for i in most}
-    figures["KL(base || rectified)"]["all"] = acts.sum().item()
+    largest = {f"variable {i}": acts[i].item() for i in most}
+    figures["KL(base || rectified)"] = {**largest, "all": acts.sum().item()}
     if home:
         entropy = -(log_q.exp() * log_q).sum((-2, -1))
         values = [*draw.reconstruction_errors(z, image, vector), entropy]

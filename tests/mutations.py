@@ -71,7 +71,7 @@ sampling from the wrong tail
 no straight-through gradient
 -return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
 +return onehot
-slow critic too quick
+slow critic that stands
 -self.critic.parameters(), strict=True):
 +self.slow_critic.parameters(), strict=True):
 
@@ -333,6 +333,14 @@ doubt is rewarded
 doubt of the states before the residual
 -u = base + rectified.residuals(z, action, sigma, base)  # (members, ..., S, K)
 +u = rectified.residuals(z, action, sigma, base)
+
+== train_policy.py | method/test_oracles_policy.py -k continued
+what ended is imagined on
+- & ends[2]
++
+a terminal start goes on
+-goes_on = alive * draw
++goes_on = draw
 
 == train_policy.py | method/test_losses.py -k what_acts
 the actor of the last update acts

@@ -92,6 +92,29 @@ def test_both_stages_hold_the_same_text():
         assert one == three, name
 
 
+@pytest.mark.parametrize("stage", [draw_pretrain, train_policy])
+@pytest.mark.parametrize("how", ["reinforce", "search"])
+def test_only_trajectories_that_go_on_are_continued(stage, how):
+    """Not from a terminal start, and not from where the episode has probably ended."""
+    args = args_of(stage, return_floor=1.0)
+    draw = shaken_draw()
+    z, sigma, _ = random_states(3)
+    for lasts, expected in ((1.0, [True, False, True]), (0.6, [False, False, False])):
+        draw.cont = lambda z, lasts=lasts: torch.full(z.shape[:-2], lasts)  # below 0.5 in two steps
+        policy = shaken_policy()
+        *_, ends = getattr(stage, how)(
+            args, draw, Rectified(draw), policy, z, sigma, torch.tensor([1.0, 0.0, 1.0]),
+            lambda z, sigma, action, z_next: draw.reward(z_next),
+        )  # fmt: skip
+        assert args.horizon >= 2 and ends[2].tolist() == expected
+        args.restart = 0.0
+        fresh, alive = torch.zeros_like(z), torch.tensor([0.25, 0.5, 0.75])
+        begin, _, weight = stage.continued(args, ends, fresh, sigma, alive)
+        on = torch.tensor(expected)
+        assert torch.equal(begin, torch.where(on[:, None, None], ends[0], fresh))
+        assert torch.equal(weight, torch.where(on, 1.0, alive))
+
+
 @pytest.mark.parametrize(
     "stage, method, floor",
     [
