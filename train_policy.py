@@ -53,7 +53,6 @@ from common import (
     check_sizes,
     explained,
     follow,
-    kl_categorical,
     load_checkpoint,
     load_dataset,
     load_draw,
@@ -106,7 +105,6 @@ class Args:
     decay: bool = False  # the learning rate falls to zero along a cosine: a run ends settled
     ema_decay: float = 0.0  # the actor that acts averages some 1 / (1 - ema_decay) last updates
     return_floor: float = 1.0  # least scale of returns; smaller: small rewards count more
-    pessimism: float = 0.0  # larger: rewards shrink more where --members of stage 2 disagree
     # Begin with the networks of stage 1's task policy: none, its critic, or critic and actor.
     warm_start: Literal["none", "critic", "both"] = "none"
 
@@ -304,17 +302,6 @@ def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     return lessons, metrics, (zs[-1, last], sigmas[-1, last], goes_on[last])
 
 
-def doubt(rectified, z, sigma, action):
-    """How far the members of a Rectified disagree about the next state: KL of each one's prior from
-    their mean prior, in nats, averaged over members; (...) from z, sigma (..., S, K).
-
-    Not in the paper. Ensembles that lower rewards where they disagree: MOPO, arXiv 2005.13239."""
-    base = rectified.base(z, sigma, action)
-    u = base + rectified.residuals(z, action, sigma, base)  # (members, ..., S, K)
-    log_p = rectified.log_prior(u)
-    return kl_categorical(log_p, log_p.exp().mean(0).log()).mean(0)
-
-
 def lesson_loss(policy, z, a, R, w):
     """w_t (mean of pi(z_t) - a_t)^2 - log p(R_t), mean of (n,); the arguments are lessons."""
     error = ((policy.actor(z).mean - a) ** 2).sum(-1)
@@ -368,8 +355,6 @@ def main(args):
     checkpoint = load_checkpoint(args.checkpoint, ("draw_pretrain", "redraw_adapt"), device)
     draw = load_draw(checkpoint, device)
     rectified = load_rectified(checkpoint, draw, device)
-    if args.pessimism and len(rectified.delta) < 2:
-        raise UserError(f"--pessimism needs a residual of 2 --members, not {args.checkpoint}")
     if args.updates:
         dataset = load_dataset(args.dataset, draw.sizes, args.dataset_rows, args.actions_lead)
         if len(dataset["is_first"]) < args.length:
@@ -395,10 +380,7 @@ def main(args):
 
     def reward_of(z, sigma, action, z_next):
         reward = draw.reward(z_next)
-        reward = torch.where(reward.abs() < args.least_reward, 0.0, reward)
-        if args.pessimism:
-            reward = reward - args.pessimism * doubt(rectified, z, sigma, action)
-        return reward
+        return torch.where(reward.abs() < args.least_reward, 0.0, reward)
 
     start_time = time.time()
     ends = None  # where the last trajectories ended
@@ -451,7 +433,7 @@ def check(args):
     check_range(args, 1, args.batch * args.length, "starts")
     check_range(args, 2, 65536, "eval_episodes")  # an interval needs two
     check_range(args, 2, 10**12, "dataset_rows")
-    check_range(args, 0, 10**9, "entropy", "eval_every", "least_reward", "pessimism")
+    check_range(args, 0, 10**9, "entropy", "eval_every", "least_reward")
     check_range(args, 2, 1000, "candidates")
     check_range(args, 1, 1000, "lesson_steps")
     check_range(args, 0, 1, "actor_lr", "critic_lr", "rewarded", "restart", "gamma", "lam")

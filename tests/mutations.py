@@ -327,13 +327,6 @@ return range of stage 3 forgets
 -0.99 * policy.range + 0.01 * (high - low)
 +0.01 * policy.range + 0.99 * (high - low)
 
-doubt is rewarded
--reward = reward - args.pessimism
-+reward = reward + args.pessimism
-doubt of the states before the residual
--u = base + rectified.residuals(z, action, sigma, base)  # (members, ..., S, K)
-+u = rectified.residuals(z, action, sigma, base)
-
 == train_policy.py | method/test_oracles_policy.py -k continued
 what ended is imagined on
 - & ends[2]

@@ -308,8 +308,6 @@ FLAGS = [
             ("--actor-lr nan", "--actor-lr"),
             ("--critic-lr -1", "--critic-lr"),
             ("--warm-start actor",),
-            ("--pessimism -1", "--pessimism"),
-            ("--pessimism 1", "--members"),  # of a checkpoint without a residual
             ("--checkpoint {F}/no-actors.pt --warm-start both", "--warm-start"),
             ("--eval-env-ids bad_env:Once-v0", "--n-envs 1"),
             ("--length 61", "--length"),  # of 60 rows

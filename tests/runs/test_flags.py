@@ -113,7 +113,7 @@ STAGE_3 = {
 OTHERS = shlex.split(
     """env_id run_dir overwrite resume device track bf16 compile parallel_envs image_size look
     collect steps prefill lr actor_lr critic_lr checkpoint dataset actions_lead target_env_id
-    collect_policy method inputs finetune_lr eval_env_ids warm_start learn pessimism"""
+    collect_policy method inputs finetune_lr eval_env_ids warm_start learn"""
 )
 TINY_1 = {
     "steps": 44,
