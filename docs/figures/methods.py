@@ -61,13 +61,15 @@ def picture(pairs):
     """Above returns, below the KL; a line a method, the range over seeds as its band"""
     figure, axes = new_figure(len(pairs), rows=2)
     for column, pair in enumerate(pairs):
+        of_pair = [row for row in read(CSV) if row["pair"] == pair]
+        budgets = sorted({int(row["updates"]) for row in of_pair if row["method"] != "none"})
         for method, colour in zip(METHODS, COLOURS, strict=False):
-            rows = [r for r in read(CSV) if r["pair"] == pair and r["method"] == method]
-            budgets = sorted({int(r["updates"]) for r in rows})
+            rows = [row for row in of_pair if row["method"] == method]
             for ax, quantity in zip(axes[:, column], ("return", "kl"), strict=True):
+                own = sorted({int(row["updates"]) for row in rows})
                 found = [
-                    mean_and_range([r for r in rows if int(r["updates"]) == n], quantity)
-                    for n in budgets
+                    mean_and_range([row for row in rows if int(row["updates"]) == n], quantity)
+                    for n in own
                 ]
                 if not found:
                     continue
@@ -75,12 +77,15 @@ def picture(pairs):
                 if method == "none":  # the same whatever the budget
                     ax.axhline(mean[0], color=colour, label=method)
                     continue
-                ax.plot(budgets, mean, color=colour, marker="o", label=method)
-                ax.fill_between(budgets, low, high, color=colour, alpha=0.15, linewidth=0)
+                ax.plot(own, mean, color=colour, marker="o", label=method)
+                ax.fill_between(own, low, high, color=colour, alpha=0.15, linewidth=0)
         draw_yardsticks(axes[0, column], PAIRS[pair][1])
         axes[0, column].set(title=pair, ylabel="return in the target", xscale="log")
         axes[1, column].set(ylabel="held-out KL, nats", xlabel="updates of stage 2", xscale="log")
-    axes[0, 0].legend(fontsize=8)
+        for ax in axes[:, column]:
+            ax.set_xticks(budgets, [f"{n:,}" for n in budgets])
+            ax.minorticks_off()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(HERE / "methods.png", dpi=110)
 
 
