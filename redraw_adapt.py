@@ -354,7 +354,8 @@ def check(args):
     check_range(args, 1, 10**12, "hold", "episode_steps", "log_every", "save_every")
     check_range(args, 1e-9, 1, "lr", "finetune_lr")
     check_range(args, 1, 65536, "n_envs", "batch", "hidden", "layers", "members")
-    check_range(args, 2, 10**9, "length", "dataset_rows")  # a first step has no cause
+    check_range(args, 2, 65536, "length")  # a first step has nothing to be predicted from
+    check_range(args, 2, 10**12, "dataset_rows")
     check_range(args, 0, 10**9, "updates", "l2")
     check_range(args, 0, 0.9, "holdout")
     check_range(args, 0, 1, "collect_noise", "soft")
