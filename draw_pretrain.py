@@ -86,7 +86,7 @@ class Args:
     seed: int = 1
     device: str = "auto"  # auto, cpu or cuda
     track: bool = False  # log to Weights & Biases too
-    bf16: bool = False  # networks compute in bfloat16, not under --learn search
+    bf16: bool = False  # networks compute in bfloat16, but in search not; losses stay float32
     compile: bool = False  # torch.compile of the world model; the first update takes minutes
     log_every: int = 100  # updates between two lines in the logs
 
@@ -357,7 +357,8 @@ def reinforce(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     with torch.no_grad():
         zs, sigmas, action = imagine(policy.actor, dynamics, z, sigma, args.horizon)
         reward = reward_of(zs[:-1], sigmas[:-1], action, zs[1:])  # (H, B)
-        discount = args.gamma * draw.cont(zs[1:])  # (H, B)
+        cont = draw.cont(zs[1:])  # (H, B)
+        discount = args.gamma * cont
         weight = torch.cat([alive[None], alive * discount[:-1].cumprod(0)])  # (H, B)
         value = twohot_mean(policy.critic(zs))  # (H+1, B)
         returns = lambda_returns(reward, discount, value, args.lam)  # (H, B)
@@ -378,7 +379,7 @@ def reinforce(args, draw, dynamics, policy, z, sigma, alive, reward_of):
         "scale": scale,
         "critic_loss": loss_critic,
     }
-    ends = (zs[-1], sigmas[-1], alive * draw.cont(zs[1:]).prod(0) > 0.5)
+    ends = (zs[-1], sigmas[-1], alive * cont.prod(0) > 0.5)
     return loss_actor + loss_critic, metrics, new_range, ends
 
 
@@ -410,7 +411,8 @@ def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     zs, sigmas, actions = imagine(policy.actor, dynamics, z, sigma, args.horizon, noise)
     alive = alive.repeat_interleave(M)  # (B M,), 0 or 1: nothing follows a terminal start
     reward = alive * reward_of(zs[:-1], sigmas[:-1], actions, zs[1:])  # (H, B M)
-    discount = alive * args.gamma * draw.cont(zs[1:])
+    cont = draw.cont(zs[1:])  # (H, B M)
+    discount = alive * args.gamma * cont
     value = twohot_mean(policy.slow_critic(zs))  # (H+1, B M)
     returns = lambda_returns(reward, discount, value, lam=1.0)  # (H, B M)
 
@@ -424,7 +426,7 @@ def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     lessons = {name: value.flatten(0, 1) for name, value in lessons.items()}
     metrics = {"return": R_0[:, 0].mean(), "best_return": R_0.amax(1).mean()}
     metrics |= {"reward": reward.mean(), "lead": lead.clamp(max=1.0).mean()}
-    goes_on = alive * draw.cont(zs[1:]).prod(0) > 0.5  # (B M,)
+    goes_on = alive * cont.prod(0) > 0.5  # (B M,)
     last = torch.where(torch.rand(B, device=z.device) < 0.5, best, first)
     return lessons, metrics, (zs[-1, last], sigmas[-1, last], goes_on[last])
 

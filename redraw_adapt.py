@@ -251,7 +251,8 @@ def main(args):
     draw = load_draw(checkpoint, device)
     rectified = Rectified(draw, args.method, args.hidden, args.layers, args.inputs, args.members)
     rectified.to(device)
-    # What is judged and saved: the same two, with the average of the trained weights.
+    # What is judged and saved: copies of both that average the trained weights. They are copied
+    # together, so that f of the one is the other's.
     means = mean_draw, mean_rectified = copy.deepcopy((draw, rectified))
 
     # Mistakes in flags and data are found before the folder is made.

@@ -332,8 +332,8 @@ what ended is imagined on
 - & ends[2]
 +
 a terminal start goes on
--goes_on = alive * draw
-+goes_on = draw
+-goes_on = alive * cont
++goes_on = cont
 
 == train_policy.py | method/test_losses.py -k what_acts
 the actor of the last update acts
