@@ -220,8 +220,8 @@ imagined reward of leaving
 -reward = reward_of(zs[:-1], sigmas[:-1], action, zs[1:])
 +reward = reward_of(zs[:-1], sigmas[:-1], action, zs[:-1])
 continue of the state left
--        discount = args.gamma * draw.cont(zs[1:])  # (H, B)
-+        discount = args.gamma * draw.cont(zs[:-1])
+-        cont = draw.cont(zs[1:])  # (H, B)
++        cont = draw.cont(zs[:-1])
 wrong lambda-return index
 -((1 - lam) * value[t + 1] + lam * R)
 +((1 - lam) * value[t] + lam * R)
