@@ -124,7 +124,7 @@ LAPTOP = Args(
     eval_episodes=40,
     n_envs=2,  # each holds a renderer, some 80 MB
     # imagination
-    updates=300,
+    updates=600,
     batch=64,
     length=2,
     starts=64,
