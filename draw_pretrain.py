@@ -362,7 +362,8 @@ def reinforce(args, draw, dynamics, policy, z, sigma, alive, reward_of):
         weight = torch.cat([alive[None], alive * discount[:-1].cumprod(0)])  # (H, B)
         value = twohot_mean(policy.critic(zs))  # (H+1, B)
         returns = lambda_returns(reward, discount, value, args.lam)  # (H, B)
-        low, high = torch.quantile(returns, torch.tensor([0.05, 0.95], device=z.device))
+        # linspace, made on the GPU: it need not wait for a copy.
+        low, high = torch.quantile(returns, torch.linspace(0.05, 0.95, 2, device=z.device))
         # It starts at 0, so at first return_floor decides.
         new_range = 0.99 * policy.range + 0.01 * (high - low)
         scale = new_range.clamp(min=args.return_floor)
@@ -402,7 +403,7 @@ def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     B, M = len(z), args.candidates
     z = z.repeat_interleave(M, 0)  # (B M, S, K)
     sigma = sigma.repeat_interleave(M, 0)
-    deviation = torch.cat([torch.zeros(1), torch.linspace(0.3, 1.0, M - 1)]).to(z.device)
+    deviation = F.pad(torch.linspace(0.3, 1.0, M - 1, device=z.device), (1, 0))  # (M,)
     noise = torch.randn(args.horizon, B * M, draw.sizes.action_size, device=z.device)
     for t in range(1, args.horizon):
         lasts = torch.rand(B * M, 1, device=z.device) >= 1 / 8

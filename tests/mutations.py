@@ -348,8 +348,8 @@ the worst candidate teaches
 -best = first + R_0.argmax(1)
 +best = first + R_0.argmin(1)
 candidate 0 is noisy too
--torch.cat([torch.zeros(1), torch.linspace(0.3, 1.0, M - 1)])
-+torch.linspace(0.3, 1.0, M)
+-F.pad(torch.linspace(0.3, 1.0, M - 1, device=z.device), (1, 0))
++torch.linspace(0.3, 1.0, M, device=z.device)
 the critic's value at the end of a search
 -value = twohot_mean(policy.slow_critic(zs))
 +value = twohot_mean(policy.critic(zs))

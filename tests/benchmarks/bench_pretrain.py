@@ -29,18 +29,22 @@ class Stage1:
     """The networks, optimisers and replay of a preset, with random rows, and one function for each
     part of an update."""
 
-    def __init__(self, args):
-        self.args = dataclasses.replace(args, device="cpu")
+    def __init__(self, args, device="cpu"):
+        self.args = dataclasses.replace(args, device=device)
         self.device = prepare(self.args)
         sizes = sizes_of(args)
-        self.draw = DRAW(sizes).to(memory_format=torch.channels_last)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16)
+        self.draw = DRAW(sizes).to(self.device, memory_format=torch.channels_last)
         self.dynamics = Rectified(self.draw)
         embed_size = self.draw.encoder.embed_size
         self.ensemble = Ensemble(sizes, embed_size, args.ensemble, args.ensemble_target)
-        self.task, self.explore = ActorCritic(sizes), ActorCritic(sizes)
+        self.ensemble.to(self.device)
+        self.task = ActorCritic(sizes).to(self.device)
+        self.explore = ActorCritic(sizes).to(self.device)
         self.draw_adam = torch.optim.Adam(self.draw.parameters(), args.lr, fused=True)
         self.ensemble_adam = torch.optim.Adam(self.ensemble.parameters(), args.lr, fused=True)
         self.adams = {policy: policy_adam(args, policy) for policy in (self.task, self.explore)}
+        self.loss = torch.compile(world_model_loss) if args.compile else world_model_loss
         self.memories = {policy: deque(maxlen=20) for policy in self.adams}
         self.replay = Replay(4000, args.n_envs, sizes)
         rng, n, L = np.random.default_rng(0), args.n_envs, args.image_size
@@ -62,17 +66,22 @@ class Stage1:
         return self.replay.sample(args.batch, args.length, self.device, args.rewarded)
 
     def world_model(self):
-        loss, _, found = world_model_loss(self.draw, self.data, self.args, 0.0)
+        with self.autocast:
+            loss, _, found = self.loss(self.draw, self.data, self.args, 0.0)
         self.embed, self.z, self.sigma = found
         gradient_step(self.draw_adam, loss, 1000.0)
 
     def train_ensemble(self):
         seen = (self.sigma, self.z, self.data["action"], self.embed, self.data["is_first"])
-        gradient_step(self.ensemble_adam, self.ensemble.loss(*seen), 100.0)
+        with self.autocast:
+            loss = self.ensemble.loss(*seen)
+        gradient_step(self.ensemble_adam, loss, 100.0)
 
     def train_policy(self, policy, reward_of):
-        pick = torch.randperm(self.args.batch * self.args.length)[: self.args.starts]
-        start = self.z.flatten(0, 1)[pick], self.sigma.flatten(0, 1)[pick], torch.ones(len(pick))
+        n = self.args.batch * self.args.length
+        pick = torch.randperm(n, device=self.device)[: self.args.starts]
+        alive = torch.ones(len(pick), device=self.device)
+        start = self.z.flatten(0, 1)[pick], self.sigma.flatten(0, 1)[pick], alive
         learner = (policy, self.adams[policy], self.memories[policy])
         improve(self.args, self.draw, self.dynamics, *learner, *start, reward_of)
 

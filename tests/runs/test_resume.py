@@ -52,7 +52,8 @@ def flags(tmp_path_factory):
 
 
 def start(module, flags, run_dir, limit=None, log=os.devnull):
-    """The stage in a process of its own, forked, so that the imports cost nothing"""
+    """The stage in a process of its own, forked, so that the imports cost nothing. On the CPU: a
+    forked process can't use a GPU, and runs are equal bit for bit on a CPU alone."""
 
     def child():
         os.setsid()
@@ -65,7 +66,7 @@ def start(module, flags, run_dir, limit=None, log=os.devnull):
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:
-            call(module, *flags, "--run-dir", run_dir)
+            call(module, *flags, "--device", "cpu", "--run-dir", run_dir)
         except SystemExit as e:
             print(e.code if isinstance(e.code, str) else "", file=sys.stderr)
             sys.stderr.flush()

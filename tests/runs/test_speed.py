@@ -302,7 +302,7 @@ def test_no_update_waits_for_the_gpu():
         loss, _, (embed, z, sigma) = draw_pretrain.world_model_loss(draw, data, ARGS, 0.0)
         loss.backward()
         states = z.flatten(0, 1), sigma.flatten(0, 1), torch.ones(20, device="cuda")
-        draw_pretrain.reinforce(
-            ARGS, draw, Rectified(draw), policy, *states, lambda *now: draw.reward(now[-1])
-        )
+        imagined = (ARGS, draw, Rectified(draw), policy, *states)
+        draw_pretrain.reinforce(*imagined, lambda *now: draw.reward(now[-1]))
+        draw_pretrain.search(*imagined, lambda *now: draw.reward(now[-1]))
     torch.cuda.set_sync_debug_mode("default")
