@@ -54,8 +54,14 @@ PAIR_finger = FingerTurnHard Torque
 PAIR_reacher = ReacherEasy Reversed
 SOURCE = redraw/$(word 1,$(PAIR_$(PAIR)))-v0
 TARGET = redraw/$(word 1,$(PAIR_$(PAIR)))$(word 2,$(PAIR_$(PAIR)))-v0
-# Pictures with more in them than a pendulum want a larger model and more updates (10,000).
-LARGER = --cnn-depth 16 --units 256 --vector-scale 200 --train-every 4.8 --start-speed $(if $(filter cup,$(PAIR)),2,5)
+# Pictures with more in them than a pendulum want more pixels, a larger model and larger batches.
+SIDE = $(if $(filter pendulum,$(PAIR)),32,64)
+MOTION_cup = --hold 4 --gain 1.5 --start-speed 2
+MOTION_finger = --hold 6 --gain 1.5 --start-speed 6 --episode-steps 80
+MOTION_reacher = --hold 6 --gain 1.2 --start-speed 3 --episode-steps 50
+LARGER = --image-size 64 --S 96 --units 256 --image-scale 100 --vector-scale 3000 --batch 128 --lr 2e-3 \
+	--warmup 300 --soft-updates 1000 --steps 66000 --prefill 24000 --starts 256 --policy-every 4 --explore-every 8 \
+	--parallel-envs $(MOTION_$(PAIR))
 SIZES = $(if $(filter pendulum,$(PAIR)),,$(LARGER))
 COMMON = --seed $(SEED) --resume
 MODEL ?= docs/pretrained/$(PAIR).pt
@@ -66,7 +72,8 @@ demo: pair .venv/installed
 pair:
 	$(if $(PAIR_$(PAIR)),,$(error PAIR must be pendulum, cup, finger or reacher, not '$(PAIR)'))
 scratch: pair .venv/installed
-	@echo "On two cores the pendulum takes about 45 minutes, another pair two hours: docs/results.md"
+	@echo "On two cores the pendulum takes about 45 minutes, another pair six hours, or on a GPU"
+	@echo "half an hour, and is not solved by then: docs/results.md"
 	@$(MAKE) --no-print-directory $(RUNS)/model.pt
 	@$(MAKE) --no-print-directory demo MODEL=$(RUNS)/model.pt
 # 1. the world model, in the source, and its policy
@@ -86,7 +93,7 @@ $(RUNS)/source-policy/done: | .venv/installed
 # are of a disturbed expert, if there is one (the finger has none yet), the others of random actions.
 EXPERT = $(if $(filter finger,$(PAIR)),,$(RUNS)/expert.npz)
 $(RUNS)/expert.npz: | .venv/installed
-	$(PY) docs/figures/experts.py record --env-id $(TARGET) --rows 24000 --noise 0.5 --image-size 32 \
+	$(PY) docs/figures/experts.py record --env-id $(TARGET) --rows 24000 --noise 0.5 --image-size $(SIDE) \
 		--seed $(SEED)000 --out $@
 $(RUNS)/adapted-policy/done: $(EXPERT) | .venv/installed
 	$(PY) redraw_adapt.py laptop --checkpoint $(MODEL) --target-env-id $(TARGET) $(COMMON) \

@@ -63,9 +63,10 @@ def train(folder, checkpoint, dataset, env_id, *flags):
 
 
 def record_expert(out, env_id, rows, *flags):
-    """Records the best known controller, half of the time disturbed, in 32x32 pixels"""
+    """Records the best known controller, half of the time disturbed, in the pixels of its model"""
+    side = 32 if "Pendulum" in env_id else 64
     command = ["docs/figures/experts.py", "record", "--env-id", env_id, "--out", out]
-    command += ["--rows", rows, "--noise", 0.5, "--image-size", 32]
+    command += ["--rows", rows, "--noise", 0.5, "--image-size", side]
     return Stage([*command, *flags], Path(out))
 
 

@@ -3,8 +3,9 @@
     python docs/pretrained/pack.py --draw runs/source/draw.pt --policy runs/source-policy \
         --out docs/pretrained/pendulum.pt
 
-The result is a draw.pt whose task actor and critic are those of stage 3, in half precision. Stages
-2 and 3 take it as --checkpoint; `train_policy.py --updates 0 --warm-start both` evaluates it.
+The result is a draw.pt whose task actor and critic are those of stage 3, in half precision; without
+--policy they stay those of stage 1. Stages 2 and 3 take it as --checkpoint; `train_policy.py
+--updates 0 --warm-start both` evaluates it.
 """
 
 import sys
@@ -23,23 +24,25 @@ def half(weights):
     return {name: w.half() if w.dtype == torch.float32 else w for name, w in weights.items()}
 
 
-def main(draw: Path, policy: Path, out: Path):
+def main(draw: Path, out: Path, policy: Path | None = None):
     """Writes the checkpoint.
 
     Args:
         draw: draw.pt of stage 1
-        policy: run folder of stage 3, trained in that model
         out: the checkpoint to write
+        policy: run folder of stage 3, trained in that model
     """
     checkpoint = load_checkpoint(draw, ("draw_pretrain",))
     del checkpoint["file"]
-    # The actor that acts, and the critic, which only the last save holds.
-    acts = load_checkpoint(policy / "policy.pt", ("train_policy",))["policy"]
-    trained = load_checkpoint(policy / "state.pt", ("state",))["policy"]
-    for part, found in (("actor", acts), ("critic", trained)):
-        prefix = f"{part}."
-        weights = {k[len(prefix) :]: w for k, w in found.items() if k.startswith(prefix)}
-        checkpoint[f"task_{part}"] = weights
+    checkpoint["args"]["run_dir"] = None  # a path of the machine that made it
+    if policy is not None:
+        # The actor that acts, and the critic, which only the last save holds.
+        acts = load_checkpoint(policy / "policy.pt", ("train_policy",))["policy"]
+        trained = load_checkpoint(policy / "state.pt", ("state",))["policy"]
+        for part, found in (("actor", acts), ("critic", trained)):
+            prefix = f"{part}."
+            weights = {k[len(prefix) :]: w for k, w in found.items() if k.startswith(prefix)}
+            checkpoint[f"task_{part}"] = weights
     for name in ("draw", "task_actor", "task_critic", "explore_actor"):
         checkpoint[name] = half(checkpoint[name])
     save_checkpoint(out, **checkpoint)
