@@ -1,4 +1,5 @@
-## make demo          stages 2 and 3 in the shipped world model, a table and a film; SEED=1
+## make demo          stages 2 and 3 in the shipped world model, a table and a film; SEED=1,
+##                    PAIR=pendulum, or reacher or cup, whose models do not solve their tasks
 ## make scratch       all three stages from nothing; PAIR=pendulum|cup|finger|reacher
 ## make test          the tests, without those that drive a Duckiebot or need its simulator
 ## make lint, format  ruff: look at the form, or mend it
@@ -8,7 +9,7 @@
 ## make duckietown-install, test-duckiebot   the simulator alone; its tests and the drive's
 ## make clean         deletes .venv and runs
 ## All install what they need into .venv. STAGE1, STAGE2 and STAGE3 add flags to a stage, e.g.
-## make demo STAGE3="--updates 600"; PYTHON=python3.12 takes another Python. An interrupted one goes on.
+## make demo STAGE3="--updates 1200"; PYTHON=python3.12 takes another Python. An interrupted one goes on.
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
@@ -59,9 +60,9 @@ SIDE = $(if $(filter pendulum,$(PAIR)),32,64)
 MOTION_cup = --hold 4 --gain 1.5 --start-speed 2
 MOTION_finger = --hold 6 --gain 1.5 --start-speed 6 --episode-steps 80
 MOTION_reacher = --hold 6 --gain 1.2 --start-speed 3 --episode-steps 50
-LARGER = --image-size 64 --S 96 --units 256 --image-scale 100 --vector-scale 3000 --batch 128 --lr 2e-3 \
-	--warmup 300 --soft-updates 1000 --steps 66000 --prefill 24000 --starts 256 --policy-every 4 --explore-every 8 \
-	--parallel-envs $(MOTION_$(PAIR))
+LARGER = --image-size 64 --S 96 --units 256 --image-scale 100 --vector-scale 3000 --batch 128 \
+	--lr 2e-3 --warmup 300 --soft-updates 1000 --steps 66000 --prefill 24000 --starts 256 \
+	--policy-every 4 --explore-every 8 --parallel-envs $(MOTION_$(PAIR))
 SIZES = $(if $(filter pendulum,$(PAIR)),,$(LARGER))
 COMMON = --seed $(SEED) --resume
 MODEL ?= docs/pretrained/$(PAIR).pt
@@ -72,8 +73,8 @@ demo: pair .venv/installed
 pair:
 	$(if $(PAIR_$(PAIR)),,$(error PAIR must be pendulum, cup, finger or reacher, not '$(PAIR)'))
 scratch: pair .venv/installed
-	@echo "On two cores the pendulum takes about 45 minutes, another pair six hours, or on a GPU"
-	@echo "half an hour, and is not solved by then: docs/results.md"
+	@echo "On two cores the pendulum takes 45 to 60 minutes, another pair some six hours (on a GPU the"
+	@echo "first stage 8 minutes), and is not solved by then: docs/results.md"
 	@$(MAKE) --no-print-directory $(RUNS)/model.pt
 	@$(MAKE) --no-print-directory demo MODEL=$(RUNS)/model.pt
 # 1. the world model, in the source, and its policy

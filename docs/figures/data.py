@@ -69,7 +69,8 @@ def source_job(pair, collect, seed, runs):
     stage, data = recorded(pair, "expert", 1, folder)
     model = folder / f"source-{collect}-{seed}"
     command = ["draw_pretrain.py", "laptop", "--env-id", source, "--collect", collect]
-    command += ["--run-dir", model, "--seed", seed, "--resume"]
+    side = 32 if pair == "pendulum" else 64  # as the shipped models and the recorded data
+    command += ["--run-dir", model, "--seed", seed, "--resume", "--image-size", side]
     adapted = folder / f"source-{collect}-{seed}-adapted"
     policy = folder / f"source-{collect}-{seed}-policy"
     newest = ("--dataset-rows", 10_000, "--seed", seed)

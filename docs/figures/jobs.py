@@ -56,7 +56,8 @@ def adapt(folder, checkpoint, *flags):
 
 
 def train(folder, checkpoint, dataset, env_id, *flags):
-    """Stage 3 with half of the laptop preset's updates into `folder`, evaluated in `env_id`"""
+    """Stage 3 with the laptop preset into `folder`, evaluated in `env_id`; 300 updates, as in the
+    figures that were made before the preset's became 600."""
     command = ["train_policy.py", "laptop", "--checkpoint", checkpoint, "--dataset", dataset]
     command += ["--run-dir", folder, "--eval-env-ids", env_id, "--resume", "--updates", 300]
     return Stage([*command, *flags], Path(folder) / "curves.png")

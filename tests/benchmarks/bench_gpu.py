@@ -65,6 +65,8 @@ def stage_2(preset, **changes):
     rectified = Rectified(draw, args.method, args.hidden, args.layers).to(device)
     mean = Rectified(draw, args.method, args.hidden, args.layers).to(device)
     loss_of, trained, lr = what_learns(args, draw, rectified)
+    if args.compile:
+        loss_of = torch.compile(loss_of)
     adam = torch.optim.Adam(trained, lr, eps=1e-8, fused=True)
     dataset = random_dataset(4000, draw.sizes.image_size)
     data = encode(draw, dataset, device)

@@ -135,8 +135,9 @@ def ours(args):
     )
 
     def update(setting):
-        with torch.autocast("cpu", torch.bfloat16, enabled=setting == "bf16"):
-            stage.both()
+        stage.args.bf16 = setting == "bf16"
+        stage.autocast = torch.autocast("cpu", torch.bfloat16, enabled=stage.args.bf16)
+        stage.both()
 
     modules = stage.draw, stage.task.actor, stage.task.critic
     return update, sum(p.numel() for module in modules for p in module.parameters())

@@ -202,7 +202,10 @@ def test_a_packed_model_is_evaluated_as_it_is(files, tmp_path):
     draw = f"--checkpoint {files}/draw.pt"
     call(train_policy, *POLICY, draw, f"--dataset {files}/data.npz --run-dir {tmp_path}/policy")
     packed = tmp_path / "packed.pt"
-    pack(files / "draw.pt", tmp_path / "policy", packed)
+    pack(files / "draw.pt", packed)
+    own, first = (load_checkpoint(f, ("draw_pretrain",)) for f in (packed, files / "draw.pt"))
+    assert all(torch.equal(w, first["task_actor"][k].half()) for k, w in own["task_actor"].items())
+    pack(files / "draw.pt", packed, tmp_path / "policy")
     assert load_checkpoint(packed, ("draw_pretrain",))["draw"]["initial_logits"].dtype == torch.half
     given = f"--checkpoint {packed} --updates 0 --warm-start both --run-dir {tmp_path}/as-it-is"
     call(train_policy, *POLICY, given, f"--eval-env-ids {TOY[0]} {TOY[1]}")
