@@ -409,7 +409,7 @@ def test_drift_is_seen_in_a_run(tmp_path):
     home = source_range(draw, FixedReplay(data), PRESETS["laptop"][1], "cpu")
     for run, image, words in (
         ("grey", rows["image"], "HEALTHY"),
-        ("black", rows["image"] // 40, "image error in 100% of the frames"),
+        ("black", rows["image"] // 40, "range are image error in 100%"),
     ):
         text = (
             adapt(tmp_path, rows | {"image": image}, home | {"kl": 1e3}, run=run) / "report.txt"
