@@ -1,7 +1,7 @@
 """Updates a second and memory of the presets on a GPU: python tests/benchmarks/bench_gpu.py
 
-On random data. Fp32, --bf16 and, with --compile, torch.compile of the world model take turns by
-preset, not by update; each row is the median of ten updates after three.
+On random data; the paper's preset in float32 and bfloat16, with --compile compiled too. Each figure
+is the median of ten updates, after three that do not count.
 """
 
 import dataclasses
