@@ -192,11 +192,12 @@ class DRAW(nn.Module):
         """embed (..., E) -> log q(z_t | x_t), (..., S, K), unimix included"""
         return unimix(self.posterior_net(embed).unflatten(-1, (self.sizes.S, self.sizes.K)))
 
-    def dynamics(self, z, sigma, action):
-        """f: z, sigma (..., S, K) and action (..., A) of step t-1 -> logits u_t (..., S, K)"""
+    def dynamics(self, z, sigma, action, change=()):
+        """f: z, sigma (..., S, K) and action (..., A) of step t-1 -> logits u_t (..., S, K).
+        change: see MLP."""
         action = action.clamp(-1.0, 1.0)  # as an environment clips it
         inputs = torch.cat([z.flatten(-2), sigma.flatten(-2), action], -1)
-        return self.dynamics_net(inputs).unflatten(-1, z.shape[-2:])
+        return self.dynamics_net(inputs, change).unflatten(-1, z.shape[-2:])
 
     def initial(self):
         """z and sigma (S, K) that precede a first step: sigma is learned, z is its mode, one-hot
@@ -267,16 +268,17 @@ class Rectified(nn.Module):
 
     e_t = delta(z_{t-1}, a_{t-1}),   u_t = f(z_{t-1}, sigma_{t-1}, a_{t-1}) + e_t
 
-    Args: draw, the frozen world model; method: "residual", "replace" (u_t = e_t), or "none" and
-        "finetune" (u_t = f); hidden and layers of delta; inputs, what delta sees: "za", "za+sigma"
-        (sigma_{t-1} too) or "za+base" (softmax(f_t) too); members: deltas that are averaged.
+    Args: draw, the frozen world model; method: "residual", "replace" (u_t = e_t), "none" and
+        "finetune" (u_t = f), or "lowrank" (u_t = f, each weight W of f is W + B A); hidden and
+        layers of delta; inputs, what delta sees: "za", "za+sigma" (sigma_{t-1} too) or "za+base"
+        (softmax(f_t) too); members: deltas that are averaged; rank of B A.
     """
 
-    def __init__(self, draw, method="none", hidden=256, layers=1, inputs="za", members=1):
+    def __init__(self, draw, method="none", hidden=256, layers=1, inputs="za", members=1, rank=16):
         super().__init__()
-        numbers = {"hidden": hidden, "layers": layers, "members": members}
+        numbers = {"hidden": hidden, "layers": layers, "members": members, "rank": rank}
         self.options = {"method": method, "inputs": inputs, **numbers}
-        known = method in ("residual", "replace", "none", "finetune")
+        known = method in ("residual", "replace", "none", "finetune", "lowrank")
         known = known and inputs in ("za", "za+sigma", "za+base")
         if not known or any(type(n) is not int or not 0 < n <= 65536 for n in numbers.values()):
             raise ValueError(f"no such residual: {self.options}")
@@ -291,10 +293,12 @@ class Rectified(nn.Module):
         scale = 0.0 if method == "residual" else 1.0
         n = members if self.uses_delta else 0
         self.delta = nn.ModuleList(mlp(n_in, hidden, layers, Z, scale) for _ in range(n))
+        linear = [layer for layer in draw.dynamics_net if isinstance(layer, nn.Linear)]
+        self.change = nn.ModuleList(low_rank(x, rank) for x in linear if method == "lowrank")
 
     def base(self, z, sigma, action):
         """f(z_{t-1}, sigma_{t-1}, a_{t-1}), (..., S, K); zeros where the method leaves f out"""
-        return self.f(z, sigma, action) if self.uses_f else torch.zeros_like(z)
+        return self.f(z, sigma, action, self.change) if self.uses_f else torch.zeros_like(z)
 
     def residuals(self, z, action, sigma=None, base=None):
         """e_t of each member, (members, ..., S, K), from z and action of step t-1; if `inputs` asks
@@ -471,8 +475,13 @@ class ChannelNorm(nn.LayerNorm):
 class MLP(nn.Sequential):
     """Layers whose output is float32, also under --bf16: losses want all digits."""
 
-    def forward(self, x):
-        return super().forward(x).float()
+    def forward(self, x, change=()):
+        """change: for each Linear a module whose output is added to the Linear's; or none"""
+        changes = iter(change)
+        for layer in self:
+            change_of = next(changes, None) if isinstance(layer, nn.Linear) else None
+            x = layer(x) if change_of is None else layer(x) + change_of(x)
+        return x.float()
 
 
 def mlp(n_in, units, layers, n_out=None, out_scale=1.0):
@@ -485,6 +494,13 @@ def mlp(n_in, units, layers, n_out=None, out_scale=1.0):
     if n_out:
         modules.append(init_weights(nn.Linear(n_in, n_out), out_scale))
     return MLP(*modules)
+
+
+def low_rank(layer, rank):
+    """x -> B A x, which adds B A to the weight of a Linear; B is zero at first (Hu et al. 2021)"""
+    A = init_weights(nn.Linear(layer.in_features, rank, bias=False))
+    B = init_weights(nn.Linear(rank, layer.out_features, bias=False), scale=0.0)
+    return nn.Sequential(A, B)
 
 
 def init_weights(layer, scale=1.0):
@@ -1095,18 +1111,20 @@ class Run:
     one that resumes there. So both go on alike, bit for bit on a CPU; but in stage 1 the one that
     resumes begins new episodes. Under torchrun process 0 alone logs and saves.
 
-    Args: folder, its name; args, the stage's; inputs: checkpoints and datasets that the run reads.
+    Args: folder, its name; args, the stage's; inputs: checkpoints and datasets that the run reads;
+        free: names of further flags that may differ when it resumes.
     Raises UserError: the folder holds files already or another run, or can't be written.
     """
 
     # Flags that may differ when a run resumes; of its inputs the contents are compared.
     FREE = ("resume", "overwrite", "track", "device", "run_dir", "checkpoint", "dataset")
 
-    def __init__(self, folder, args, inputs=()):
+    def __init__(self, folder, args, inputs=(), free=()):
         if args.resume and args.overwrite:
             raise UserError("give --resume or --overwrite, not both")
         self.dir = Path(folder)
         self.seed = args.seed
+        self.free = {*self.FREE, *free}
         self.rank = int(os.environ.get("RANK", 0))
         self.state = {}  # of the last save, if the run resumes
         self.interrupted = False
@@ -1139,7 +1157,7 @@ class Run:
         """Reads the last save. UserError if the run had other flags or inputs."""
         with explained(f"{self.dir}/args.json is damaged; start anew with --overwrite"):
             before = dict(json.loads((self.dir / "args.json").read_text()))
-        for name in before.keys() & settings.keys() - set(self.FREE):
+        for name in before.keys() & settings.keys() - self.free:
             if before[name] != settings[name]:
                 change = f"{name} was {before[name]}, now it is {settings[name]}"
                 raise UserError(f"--resume needs the flags and inputs of the start: {change}")

@@ -66,7 +66,9 @@ class Args:
     checkpoint: str  # draw.pt of stage 1
     run_dir: str | None = None  # folder of the run (default: runs/adapt-METHOD-SEED)
     overwrite: bool = False  # start anew in a folder that holds a run already
-    resume: bool = False  # go on from the last save in run_dir with the same flags; if none, start
+    # Go on from the last save in run_dir with the same flags; if none, start. With larger --updates
+    # it goes on where it had ended.
+    resume: bool = False
     save_every: int = 10_000  # updates between saves; a kill loses at most so many
     log_every: int = 1000  # updates between two evaluations on train and held-out episodes
     seed: int = 1
@@ -93,14 +95,16 @@ class Args:
     look: Literal["fast", "stock"] = "fast"  # as in stage 1
 
     # The correction. residual (ReDRAW): u = f + e; replace: u = e, new dynamics of the same size;
-    # finetune: f itself, with the loss of stage 1; none: the source's dynamics as they are.
-    method: Literal["residual", "replace", "finetune", "none"] = "residual"
+    # finetune: f itself, with the loss of stage 1; lowrank: with the same loss, to each weight of f
+    # a matrix of low rank is added; none: the source's dynamics as they are.
+    method: Literal["residual", "replace", "finetune", "lowrank", "none"] = "residual"
     hidden: int = 256  # units of delta's hidden layers; larger: corrects more, needs more data
     layers: int = 1  # delta's hidden layers; more: as with hidden
     # What delta sees beside z, a: nothing; the belief sigma_{t-1}; or f's prediction softmax(f_t).
     inputs: Literal["za", "za+sigma", "za+base"] = "za"
     members: int = 1  # deltas whose corrections are averaged; more: steadier and slower
-    lr: float = 1e-2  # of delta
+    rank: int = 16  # of --method lowrank; larger: corrects more, needs more data
+    lr: float = 1e-2  # of delta, and of lowrank
     finetune_lr: float = 1e-4  # of --method finetune
     updates: int = 3_000_000
     batch: int = 16  # B, sequences an update
@@ -195,10 +199,11 @@ def unroll(draw, rectified, z_prev, a_prev, first, e=None):
 
 
 def finetune_loss(draw, rectified, log_q, z, action, is_first):
-    """The baseline: f itself learns, with the dynamics term of stage 1, 1.5 max(1, KL(sg q || p)).
-    Arguments and results as of residual_loss; the gradient goes through f and through time."""
+    """The baselines: f itself or its change of low rank learns, with the dynamics term of stage 1,
+    1.5 max(1, KL(sg q || p)). Arguments and results as of residual_loss; the gradient goes through
+    f and through time."""
     _, _, first = draw.previous(z, action, is_first)
-    u = draw.observe(z, action, is_first)  # (B, T, S, K)
+    u = draw.observe(z, action, is_first, rectified)  # (B, T, S, K)
     kl = kl_categorical(log_q.detach(), rectified.log_prior(u))
     return 1.5 * kl.clamp(min=1.0) * ~first, ~first
 
@@ -209,6 +214,8 @@ def what_learns(args, draw, rectified):
         # e is a correction in `residual` alone; in `replace` it is all there is.
         l2 = args.l2 if args.method == "residual" else 0.0
         return partial(residual_loss, l2=l2), list(rectified.parameters()), args.lr
+    if args.method == "lowrank":
+        return finetune_loss, list(rectified.parameters()), args.lr
     # finetune, and none, which makes no update
     trained = [*draw.dynamics_net.parameters(), draw.initial_logits]
     return finetune_loss, trained, args.finetune_lr
@@ -249,7 +256,8 @@ def main(args):
     checkpoint = load_checkpoint(args.checkpoint, ("draw_pretrain",), device)
     source_range(checkpoint)  # what is wrong with it is found now
     draw = load_draw(checkpoint, device)
-    rectified = Rectified(draw, args.method, args.hidden, args.layers, args.inputs, args.members)
+    shape = (args.hidden, args.layers, args.inputs, args.members, args.rank)
+    rectified = Rectified(draw, args.method, *shape)
     rectified.to(device)
     # What is judged and saved: copies of both that average the trained weights. They are copied
     # together, so that f of the one is the other's.
@@ -271,7 +279,8 @@ def main(args):
         envs, policy = open_target(args, checkpoint, draw)
     else:
         rows = split_episodes(dataset["is_first"], args)
-    run = Run(folder, args, [file for file in (args.checkpoint, args.dataset) if file])
+    inputs = [file for file in (args.checkpoint, args.dataset) if file]
+    run = Run(folder, args, inputs, free=["updates"])
     if recording:
         path.unlink(missing_ok=True)  # an older run's, which --resume must not take
         recorded = collect(args, envs, policy)
@@ -306,6 +315,8 @@ def main(args):
     saved = run.resume(modules)
     best = saved.get("best", np.inf)
     updates = 0 if args.method == "none" else args.updates
+    if saved.get("update", 0) > updates:
+        raise UserError(f"{run.dir} has made {saved['update']} updates already, not {updates}")
     bar = tqdm(range(saved.get("update", -1) + 1, updates + 1), unit="update", mininterval=1.0)
     for update in bar:
         if update > 0:  # 0 only evaluates
@@ -354,7 +365,7 @@ def check(args):
     check_range(args, 1e-9, 10**9, "gain")
     check_range(args, 1, 10**12, "hold", "episode_steps", "log_every", "save_every")
     check_range(args, 1e-9, 1, "lr", "finetune_lr")
-    check_range(args, 1, 65536, "n_envs", "batch", "hidden", "layers", "members")
+    check_range(args, 1, 65536, "n_envs", "batch", "hidden", "layers", "members", "rank")
     check_range(args, 2, 65536, "length")  # a first step has nothing to be predicted from
     check_range(args, 2, 10**12, "dataset_rows")
     check_range(args, 0, 10**9, "updates", "l2")
@@ -570,7 +581,7 @@ def verdicts(figures, method):
     ratio = kl["rectified"] / kl["source"]
     if not ratio <= PLATEAU:
         advice = "larger --hidden, --layers 2, --inputs za+sigma, more --updates"
-        if method in ("none", "finetune"):
+        if method in ("none", "finetune", "lowrank"):
             advice = "--method residual"
         elif drifted:
             advice = "mend the drift first, which alone can cause it"

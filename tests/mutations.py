@@ -271,6 +271,14 @@ fine-tuning without its scale
 -return 1.5 * kl.clamp(min=1.0) * ~first, ~first
 +return kl.clamp(min=1.0) * ~first, ~first
 
+== common.py | method/test_networks.py -k low_rank
+the change of low rank forgets a layer
+-x = layer(x) if change_of is None else layer(x) + change_of(x)
++x = layer(x) if change_of is None or layer is self[0] else layer(x) + change_of(x)
+the change of low rank is not zero at first
+-B = init_weights(nn.Linear(rank, layer.out_features, bias=False), scale=0.0)
++B = init_weights(nn.Linear(rank, layer.out_features, bias=False))
+
 == redraw_adapt.py | method/test_gradients.py -k stage_2
 the last weights are saved, not their average
 -"rectified": mean_rectified.state_dict(),

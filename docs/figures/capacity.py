@@ -1,10 +1,10 @@
 """Figure 3: how large a change of dynamics can a small residual carry? On the pendulum.
 
-    python docs/figures/capacity.py --changes Reversed gravity delay --hidden 16 256
+    python docs/figures/capacity.py --changes Reversed gravity delay --sizes 16 256 rank6
 
 changes the target's physics in seven ways, each at up to three strengths, and fits residuals of
-several sizes to 10,000 rows. Writes capacity.csv and capacity.png beside this file; --draw
-draws from the csv alone.
+several sizes, and changes of low rank of f's weights, to 10,000 rows. Writes capacity.csv and
+capacity.png beside this file; --draw draws from the csv alone.
 
 This file is also the module of these environments, e.g. `capacity:redraw/Pendulum-gravity-1.3-v0`.
 """
@@ -12,7 +12,6 @@ This file is also the module of these environments, e.g. `capacity:redraw/Pendul
 import sys
 from collections import deque
 from pathlib import Path
-from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -47,7 +46,17 @@ CHANGES = {
     "push": (0.1, 0.2, 0.3),
     "delay": (1.0, 2.0, 3.0),
 }
-SIZES = {"16": (16, 1), "64": (64, 1), "256": (256, 1), "1024": (1024, 1), "256x2": (256, 2)}
+SIZES = {
+    "16": ("--hidden", 16),
+    "64": ("--hidden", 64),
+    "256": ("--hidden", 256),
+    "1024": ("--hidden", 1024),
+    "256x2": ("--hidden", 256, "--layers", 2),
+    # A change of f's own weights with as many numbers as the residuals of 16, 64 and 256.
+    "rank6": ("--method", "lowrank", "--rank", 6),
+    "rank22": ("--method", "lowrank", "--rank", 22),
+    "rank86": ("--method", "lowrank", "--rank", 86),
+}
 CSV = HERE / "capacity.csv"
 
 
@@ -121,11 +130,9 @@ def job(change, strength, size, seed, runs):
     adapted = folder / f"{size}-{seed}-adapted"
     policy = folder / f"{size}-{seed}-policy"
     model = PRETRAINED / "pendulum.pt"
-    hidden, layers = SIZES[size]
-    given = ("--dataset", data, "--hidden", hidden, "--layers", layers, "--seed", seed)
     stages = [
         record_expert(data, target, 10_000, "--seed", 1000 * seed),
-        adapt(adapted, model, *given),
+        adapt(adapted, model, "--dataset", data, *SIZES[size], "--seed", seed),
         train(policy, adapted / "best.pt", data, target, "--seed", seed),
     ]
     key = {"change": change, "strength": strength, "size": size, "seed": seed}
@@ -157,7 +164,8 @@ def picture():
     for ax, values, title in zip(axes[0], maps, titles, strict=True):
         ax.grid(False)
         ax.imshow(values, aspect="auto", cmap="cividis")
-        ax.set(title=title, xticks=range(len(SIZES)), xticklabels=SIZES, xlabel="hidden units")
+        ax.set(title=title, xticks=range(len(SIZES)), xlabel="hidden units, or rank")
+        ax.set_xticklabels(SIZES, rotation=45)
         ax.set(yticks=range(len(names)), yticklabels=names)
         for (y, x), value in np.ndenumerate(values):
             if np.isfinite(value):
@@ -169,7 +177,7 @@ def picture():
 
 def main(
     changes: tuple[str, ...] = tuple(CHANGES),
-    hidden: tuple[Literal["16", "64", "256", "1024", "256x2"], ...] = tuple(SIZES),
+    sizes: tuple[str, ...] = tuple(SIZES),
     seeds: tuple[int, ...] = (1,),
     runs: Path = Path("runs"),
     draw: bool = False,
@@ -178,7 +186,7 @@ def main(
 
     Args:
         changes: of the physics, each at its strengths
-        hidden: sizes of the residual, hidden units (x layers)
+        sizes: of the residual, hidden units (x layers); or the rank of a change of f's weights
         seeds: of data, residual and policy
         runs: folder of the runs
         draw: run nothing, draw from the csv
@@ -186,7 +194,7 @@ def main(
     jobs = [
         job(change, strength, size, seed, runs.resolve())
         for seed in seeds
-        for size in hidden
+        for size in sizes
         for change in changes
         for strength in CHANGES[change]
     ]

@@ -7,6 +7,7 @@ survives interruptions; an interrupted stage goes on from its last save.
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -33,10 +34,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 @dataclass
 class Stage:
-    """A script to run: `command` are its name and flags, `finished` the last file that it writes"""
+    """A script to run: `command` are its name and flags, `finished` the last file that it writes;
+    `before`, if there is one, a finished stage whose folder it goes on from, in a copy."""
 
     command: list
     finished: Path
+    before: "Stage | None" = None
 
 
 @dataclass
@@ -80,6 +83,9 @@ def run_stage(stage, locks, guard):
             return
         folder = stage.finished.parent
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if stage.before and not folder.exists():
+            unfinished = shutil.ignore_patterns(stage.finished.name)
+            shutil.copytree(stage.before.finished.parent, folder, ignore=unfinished)
         log = folder.with_name(folder.name + ".log")
         command = [sys.executable, *map(str, stage.command)]
         with open(log, "a") as file:

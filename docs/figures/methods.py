@@ -33,27 +33,24 @@ CSV = HERE / "methods.csv"
 
 
 def job(pair, method, updates, seed, runs):
+    """updates: budgets of stage 2; the job is of the last one, which goes on from those before."""
     _, target = PAIRS[pair]
-    model = PRETRAINED / f"{pair}.pt"
     folder = runs / "methods" / pair
     data = folder / f"expert-{seed}.npz"
-    name = f"{method}-{updates}-{seed}"
-    adapted = folder / f"{name}-adapted"
-    policy = folder / f"{name}-policy"
+    stages = [record_expert(data, target, 10_000, "--seed", 1000 * seed)]
+    given = ("--dataset", data, "--method", method, "--seed", seed)
+    before = None
+    for n in updates:
+        adapted = folder / f"{method}-{n}-{seed}-adapted"
+        stage = adapt(adapted, PRETRAINED / f"{pair}.pt", *given, "--updates", n)
+        stage.before = before
+        stages.append(stage)
+        before = stage
     # A baseline as its authors have it: a finetuned model's policy starts from the source's.
-    warm = "both" if method == "finetune" else "none"
-    stages = [
-        record_expert(data, target, 10_000, "--seed", 1000 * seed),
-        adapt(
-            adapted, model, "--dataset", data, "--method", method,
-            "--updates", updates, "--seed", seed,
-        ),
-        train(
-            policy, adapted / "last.pt", data, target,
-            "--warm-start", warm, "--seed", seed,
-        ),
-    ]  # fmt: skip
-    key = {"pair": pair, "method": method, "updates": updates, "seed": seed}
+    warm = ("--warm-start", "both" if method == "finetune" else "none")
+    policy = folder / f"{method}-{updates[-1]}-{seed}-policy"
+    stages.append(train(policy, adapted / "last.pt", data, target, *warm, "--seed", seed))
+    key = {"pair": pair, "method": method, "updates": updates[-1], "seed": seed}
     return Job(key, stages, lambda: measured(policy, target, adapted))
 
 
@@ -106,11 +103,12 @@ def main(
         draw: run nothing, draw from the csv
     """
     runs = runs.resolve()
-    jobs = [job(pair, "none", 0, seed, runs) for pair in pairs for seed in seeds]
+    jobs = [job(pair, "none", (0,), seed, runs) for pair in pairs for seed in seeds]
     # Short budgets first: the figure soon shows something.
+    updates = sorted(updates)
     jobs += [
-        job(pair, method, n, seed, runs)
-        for n in updates
+        job(pair, method, updates[: i + 1], seed, runs)
+        for i in range(len(updates))
         for seed in seeds
         for pair in pairs
         for method in METHODS[:3]

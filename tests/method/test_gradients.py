@@ -35,7 +35,7 @@ def adapt(tmp_path, **changes):
     )
 
 
-@pytest.mark.parametrize("method", ["residual", "replace", "finetune", "none"])
+@pytest.mark.parametrize("method", ["residual", "replace", "finetune", "lowrank", "none"])
 def test_stage_2_changes_its_own_parameters_alone(monkeypatch, tmp_path, method):
     start = []
     resume = redraw_adapt.Run.resume
@@ -54,7 +54,7 @@ def test_stage_2_changes_its_own_parameters_alone(monkeypatch, tmp_path, method)
     own = {name for name in source["draw"] if name.startswith(("dynamics_net.", "initial_logits"))}
     assert len(own) == 12
     assert changed(source["draw"], adapted["draw"]) == (own if method == "finetune" else set())
-    assert bool(adapted["rectified"]) == (method in ("residual", "replace"))
+    assert bool(adapted["rectified"]) == (method in ("residual", "replace", "lowrank"))
     assert changed(start[0], adapted["rectified"]) == set(adapted["rectified"])
     best = load_checkpoint(tmp_path / "run" / "best.pt", ("redraw_adapt",))
     assert changed(source["draw"], best["draw"]) <= own
@@ -89,7 +89,9 @@ def test_stage_2_saves_the_average_of_its_weights(monkeypatch, tmp_path, decay, 
         assert decay == 0.0 or not torch.allclose(value, of_updates[-1], atol=1e-7)
 
 
-@pytest.mark.parametrize("method, lr", [("residual", 0.01), ("replace", 0.01), ("finetune", 1e-4)])
+@pytest.mark.parametrize(
+    "method, lr", [("residual", 0.01), ("replace", 0.01), ("lowrank", 0.01), ("finetune", 1e-4)]
+)
 def test_stage_2_has_a_learning_rate_for_each_method(monkeypatch, tmp_path, method, lr):
     """The first step of Adam is as long as its learning rate, for each weight with a gradient."""
     save_dataset(tmp_path / "data.npz", random_rows(40))
@@ -120,24 +122,27 @@ def test_stage_2_has_a_learning_rate_for_each_method(monkeypatch, tmp_path, meth
     assert steps == pytest.approx([lr], rel=1e-2)
 
 
-@pytest.mark.parametrize("method", ["residual", "replace", "finetune"])
+@pytest.mark.parametrize("method", ["residual", "replace", "finetune", "lowrank"])
 def test_stage_2_has_no_gradient_for_the_teacher(method):
     """Even of a world model that is not frozen: the posterior is the teacher, so nothing of it
-    learns; and of the residual's loss neither f nor the initial state."""
+    learns; and of the residual's loss neither f nor the initial state. A change of low rank has f's
+    own loss; what learns from it is up to its optimizer."""
     draw = DRAW(TINY)
     rectified = Rectified(draw, method, hidden=8)
     data = tensors(random_rows(12), 2, 6)
     log_q = draw.posterior(draw.encoder(data["image"], data["vector"]))
-    loss = finetune_loss if method == "finetune" else residual_loss
+    of_f = method in ("finetune", "lowrank")
+    loss = finetune_loss if of_f else residual_loss
     z = sample_onehot(log_q.exp()).detach()
     kl, _ = loss(draw, rectified, log_q, z, data["action"], data["is_first"])
     kl.sum().backward()
-    learns = [draw.dynamics_net[-1]] if method == "finetune" else [rectified.delta[0][-1]]
+    learns = [rectified.delta[0][-1]] if rectified.uses_delta else [draw.dynamics_net[-1]]
+    learns += [change[1] for change in rectified.change]
     assert all(p.grad.any() for module in learns for p in module.parameters())
-    own = ("dynamics_net.", "initial_logits") if method == "finetune" else ()
+    own = ("dynamics_net.", "initial_logits") if of_f else ()
     for name, p in draw.named_parameters():
         assert p.grad is None or name.startswith(own) and own, name
-    assert method != "finetune" or draw.initial_logits.grad.any()
+    assert not of_f or draw.initial_logits.grad.any()
 
 
 def test_stage_1_kl_without_its_stopped_sides():

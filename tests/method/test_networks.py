@@ -38,7 +38,7 @@ from common import (
 )
 from draw_pretrain import Ensemble
 
-METHODS = ("residual", "replace", "finetune", "none")
+METHODS = ("residual", "replace", "finetune", "lowrank", "none")
 
 
 def images(*batch, sizes=TINY):
@@ -122,8 +122,8 @@ def test_rectified_shapes(method, options):
     assert u.shape == rectified.log_prior(u).shape == shape
     trained = sum(p.numel() for p in rectified.parameters())
     # The world model's weights are none of its own.
-    assert (trained > 0) == (method in ("residual", "replace"))
-    if not trained:
+    assert (trained > 0) == (method in ("residual", "replace", "lowrank"))
+    if method not in ("residual", "replace"):
         return
     base = rectified.base(z, sigma, action)
     members = rectified.residuals(z, action, sigma, base)
@@ -134,6 +134,26 @@ def test_rectified_shapes(method, options):
         n_in = Z + A + (Z if "inputs" in options else 0)
         n = n_in * hidden + 2 * hidden + hidden * Z + Z
         assert trained == n * options.get("members", 1)
+
+
+def test_low_rank_adds_a_product_to_each_weight_of_f():
+    draw = DRAW(TINY)
+    rectified = Rectified(draw, "lowrank", rank=2)
+    states = random_states(5)
+    assert torch.equal(rectified(*states), draw.dynamics(*states))  # at first it adds nothing
+    layers = [layer for layer in draw.dynamics_net if isinstance(layer, nn.Linear)]
+    sides = sum(layer.in_features + layer.out_features for layer in layers)
+    assert sum(p.numel() for p in rectified.parameters()) == 2 * sides
+    for B in (change[1] for change in rectified.change):
+        nn.init.normal_(B.weight)
+    u = rectified(*states)
+    assert torch.equal(rectified.log_prior(u), unimix(u))  # f's distribution, as DRAW has it
+    for layer, (A, B) in zip(layers, rectified.change, strict=True):
+        product = B.weight @ A.weight
+        assert torch.linalg.matrix_rank(product) == 2
+        layer.weight.data += product
+    assert not torch.allclose(rectified(*states), u, atol=1e-3)  # added twice now
+    assert torch.allclose(draw.dynamics(*states), u, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

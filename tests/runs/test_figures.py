@@ -54,6 +54,18 @@ def test_a_shared_stage_runs_once_and_a_finished_job_never_again(jobs, tmp_path,
         assert path.read_text() == "once\n"
 
 
+def test_a_longer_run_goes_on_from_a_copy_of_the_shorter(jobs, tmp_path):
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "state").write_text("3")
+    short = stage(jobs, tmp_path / "short")
+    copied = f"assert open({str(tmp_path / 'long' / 'state')!r}).read() == '3'"
+    longer = stage(jobs, tmp_path / "long", copied)
+    longer.before = short
+    jobs.run_all(tmp_path / "table.csv", [jobs.Job({"seed": 1}, [short, longer], dict)])
+    # Of the short run's last file there is no copy, or the long run would seem finished.
+    assert (tmp_path / "long" / "made").read_text() == "once\n"
+
+
 def test_a_stage_that_fails_ends_the_figure_with_its_last_line(jobs, tmp_path):
     fails = stage(jobs, tmp_path, "raise SystemExit('error: the disk is full')")
     job = jobs.Job({"seed": 1}, [fails], dict)

@@ -156,7 +156,7 @@ def files(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["replace", "finetune", "none"])
+@pytest.mark.parametrize("method", ["replace", "finetune", "lowrank", "none"])
 def test_baselines(files, tmp_path, method):
     given = f"--dataset {files}/data.npz --checkpoint {files}/draw.pt"
     call(redraw_adapt, *ADAPT, given, f"--run-dir {tmp_path}/adapted --method {method}")

@@ -285,6 +285,26 @@ def test_full_disk_for_real(flags, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
+def test_a_finished_stage_2_goes_on_with_more_updates(flags, tmp_path):
+    """It ends as the run does that had them from the beginning, and that saved where it ended."""
+    module, flags_of = flags["redraw_adapt"]
+
+    def run(folder, updates):
+        data = f"--dataset {tmp_path}/data.npz --save-every 40 --log-every 20"
+        more = f"--run-dir {tmp_path}/{folder} --updates {updates} --resume"
+        call(module, *ADAPT, *flags_of[-2].split()[:2], data, more)
+
+    save_dataset(tmp_path / "data.npz", random_rows(200))
+    run("long", 120)
+    run("extended", 80)
+    run("extended", 120)
+    assert_same("redraw_adapt", tmp_path / "long", tmp_path / "extended")
+    assert_whole("redraw_adapt", tmp_path / "long", tmp_path / "extended")
+    with user_error("has made 120 updates already, not 80"):
+        run("extended", 80)
+    assert_whole("redraw_adapt", tmp_path / "long", tmp_path / "extended")
+
+
 def contents(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
