@@ -91,15 +91,16 @@ def env_id_of(change, strength):
     return f"capacity:redraw/Pendulum-{change}-{abs(strength):g}-v0"
 
 
-for change, strengths in CHANGES.items():
-    for strength in strengths:
-        gym.register(
-            env_id_of(change, strength).removeprefix("capacity:"),
-            "capacity:ChangedPendulum",
-            kwargs={"change": change, "strength": strength},
-            max_episode_steps=500,
-            disable_env_checker=True,
-        )
+if __name__ != "__main__":  # "capacity:" in an id imports this file a second time, by its name
+    for change, strengths in CHANGES.items():
+        for strength in strengths:
+            gym.register(
+                env_id_of(change, strength).removeprefix("capacity:"),
+                "capacity:ChangedPendulum",
+                kwargs={"change": change, "strength": strength},
+                max_episode_steps=500,
+                disable_env_checker=True,
+            )
 
 
 def best_known(change, strength, episodes=40):

@@ -86,6 +86,22 @@ def picture(pairs):
     figure.savefig(HERE / "methods.png", dpi=110)
 
 
+def table(pair):
+    """Prints what a baseline that is stopped at its best budget returns, and at its last one."""
+    print(f"{pair}: mean return over seeds, and their range")
+    for method in METHODS[:3]:
+        rows = [row for row in read(CSV) if row["pair"] == pair and row["method"] == method]
+        found = {
+            n: mean_and_range([row for row in rows if int(row["updates"]) == n], "return")
+            for n in sorted({int(row["updates"]) for row in rows})
+        }
+        if not found:
+            continue
+        for name, n in (("best", max(found, key=found.get)), ("last", max(found))):
+            mean, low, high = found[n]
+            print(f"{method}, {name}: {mean:.0f} ({low:.0f} to {high:.0f}), {n} updates")
+
+
 def main(
     pairs: tuple[Literal["pendulum", "cup", "finger", "reacher"], ...] = ("pendulum",),
     seeds: tuple[int, ...] = (1, 2, 3),
@@ -116,6 +132,8 @@ def main(
     if not draw:
         run_all(CSV, jobs)
     picture(pairs)
+    for pair in pairs:
+        table(pair)
 
 
 if __name__ == "__main__":
