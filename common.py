@@ -1129,8 +1129,8 @@ class Run:
         self.state = {}  # of the last save, if the run resumes
         self.interrupted = False
         self.warned = set()
-        settings = asdict(args) | {"inputs": [checksum(path) for path in inputs]}
-        settings = json.loads(json.dumps(settings))  # as they will be read back
+        settings = asdict(args) | {"checksums": [checksum(path) for path in inputs]}
+        self.settings = settings = json.loads(json.dumps(settings))  # as they will be read back
         with explained(f"can't use --run-dir {folder}", OSError):
             if args.resume and (self.dir / "args.json").exists():
                 self.go_on(settings)
@@ -1150,7 +1150,10 @@ class Run:
                 if not {old.resolve(), old.parent.resolve()} & keep:
                     old.unlink()
         self.dir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(settings, indent=1).encode()
+        self.write_args()
+
+    def write_args(self):
+        text = json.dumps(self.settings, indent=1).encode()
         write_atomically(self.dir / "args.json", lambda file: file.write(text))
 
     def go_on(self, settings):
@@ -1160,6 +1163,8 @@ class Run:
         for name in before.keys() & settings.keys() - self.free:
             if before[name] != settings[name]:
                 change = f"{name} was {before[name]}, now it is {settings[name]}"
+                if name == "checksums":
+                    change = "the contents of the checkpoint or of the dataset have changed"
                 raise UserError(f"--resume needs the flags and inputs of the start: {change}")
         if (self.dir / "state.pt").exists():
             self.state = load_checkpoint(self.dir / "state.pt", ("state",))
@@ -1267,6 +1272,7 @@ class Run:
                 os.fsync(file.fileno())  # the state counts on what was logged so far
                 contents |= {"step": step, "logged": file.tell(), **states}
             save_checkpoint(self.dir / "state.pt", stage="state", **contents)
+            self.write_args()  # of a run that resumed, the flags that may differ
         self.seed_anew(step)
         if self.interrupted:
             self.close()

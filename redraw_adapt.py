@@ -66,8 +66,8 @@ class Args:
     checkpoint: str  # draw.pt of stage 1
     run_dir: str | None = None  # folder of the run (default: runs/adapt-METHOD-SEED)
     overwrite: bool = False  # start anew in a folder that holds a run already
-    # Go on from the last save in run_dir with the same flags; if none, start. With larger --updates
-    # it goes on where it had ended.
+    # Go on from the last save in run_dir; if there is none, start. The flags must be as before,
+    # but --updates may be larger: then a finished run trains on.
     resume: bool = False
     save_every: int = 10_000  # updates between saves; a kill loses at most so many
     log_every: int = 1000  # updates between two evaluations on train and held-out episodes
@@ -95,16 +95,16 @@ class Args:
     look: Literal["fast", "stock"] = "fast"  # as in stage 1
 
     # The correction. residual (ReDRAW): u = f + e; replace: u = e, new dynamics of the same size;
-    # finetune: f itself, with the loss of stage 1; lowrank: with the same loss, to each weight of f
-    # a matrix of low rank is added; none: the source's dynamics as they are.
+    # finetune: f itself, with the loss of stage 1; lowrank: f with a trained matrix of low rank
+    # added to each weight, same loss; none: the source's dynamics as they are.
     method: Literal["residual", "replace", "finetune", "lowrank", "none"] = "residual"
     hidden: int = 256  # units of delta's hidden layers; larger: corrects more, needs more data
     layers: int = 1  # delta's hidden layers; more: as with hidden
     # What delta sees beside z, a: nothing; the belief sigma_{t-1}; or f's prediction softmax(f_t).
     inputs: Literal["za", "za+sigma", "za+base"] = "za"
     members: int = 1  # deltas whose corrections are averaged; more: steadier and slower
-    rank: int = 16  # of --method lowrank; larger: corrects more, needs more data
-    lr: float = 1e-2  # of delta, and of lowrank
+    rank: int = 16  # of what --method lowrank adds; larger: corrects more, needs more data
+    lr: float = 1e-2  # of delta, and of what lowrank adds
     finetune_lr: float = 1e-4  # of --method finetune
     updates: int = 3_000_000
     batch: int = 16  # B, sequences an update
@@ -316,7 +316,8 @@ def main(args):
     best = saved.get("best", np.inf)
     updates = 0 if args.method == "none" else args.updates
     if saved.get("update", 0) > updates:
-        raise UserError(f"{run.dir} has made {saved['update']} updates already, not {updates}")
+        done = f"{run.dir} has made {saved['update']} updates already"
+        raise UserError(f"{done}, more than --updates {updates}")
     bar = tqdm(range(saved.get("update", -1) + 1, updates + 1), unit="update", mininterval=1.0)
     for update in bar:
         if update > 0:  # 0 only evaluates
@@ -581,8 +582,10 @@ def verdicts(figures, method):
     ratio = kl["rectified"] / kl["source"]
     if not ratio <= PLATEAU:
         advice = "larger --hidden, --layers 2, --inputs za+sigma, more --updates"
-        if method in ("none", "finetune", "lowrank"):
+        if method in ("none", "finetune"):
             advice = "--method residual"
+        elif method == "lowrank":
+            advice = "larger --rank, more --updates, or --method residual"
         elif drifted:
             advice = "mend the drift first, which alone can cause it"
         elif figures["KL train"]["rectified"] <= PLATEAU * kl["source"]:

@@ -264,6 +264,9 @@ the first step is learned
 large corrections cost nothing
 -return (kl + l2 * e.square().mean((0, -2, -1))) * ~first, ~first
 +return kl * ~first, ~first
+the change of low rank is not in its loss
+-u = draw.observe(z, action, is_first, rectified)  # (B, T, S, K)
++u = draw.observe(z, action, is_first)  # (B, T, S, K)
 fine-tuning without its free nat
 -return 1.5 * kl.clamp(min=1.0) * ~first, ~first
 +return 1.5 * kl * ~first, ~first

@@ -12,6 +12,7 @@ This file is also the module of these environments, e.g. `capacity:redraw/Pendul
 import sys
 from collections import deque
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -52,7 +53,8 @@ SIZES = {
     "256": ("--hidden", 256),
     "1024": ("--hidden", 1024),
     "256x2": ("--hidden", 256, "--layers", 2),
-    # A change of f's own weights with as many numbers as the residuals of 16, 64 and 256.
+    # A change of f's own weights with as many numbers as the residuals of 16, 64 and 256. (The last
+    # two have as many as f itself: 132,224.)
     "rank6": ("--method", "lowrank", "--rank", 6),
     "rank22": ("--method", "lowrank", "--rank", 22),
     "rank86": ("--method", "lowrank", "--rank", 86),
@@ -148,10 +150,12 @@ def job(change, strength, size, seed, runs):
 
 
 def picture():
-    """Two maps, changes downwards, sizes of the residual to the right: return as a share of the
+    """Two maps, changes downwards, sizes of what is trained to the right: return as a share of the
     best known, and held-out KL over the source's own"""
     rows = read(CSV)
     names = [f"{change} {s:g}" for change, strengths in CHANGES.items() for s in strengths]
+    done = {f"{row['change']} {float(row['strength']):g}" for row in rows}
+    names = [name for name in names if name in done] or names  # what was not run has no line
     maps = np.full((2, len(names), len(SIZES)), np.nan)
     for y, name in enumerate(names):
         for x, size in enumerate(SIZES):
@@ -177,8 +181,8 @@ def picture():
 
 
 def main(
-    changes: tuple[str, ...] = tuple(CHANGES),
-    sizes: tuple[str, ...] = tuple(SIZES),
+    changes: tuple[Literal[*CHANGES], ...] = tuple(CHANGES),
+    sizes: tuple[Literal[*SIZES], ...] = tuple(SIZES),
     seeds: tuple[int, ...] = (1,),
     runs: Path = Path("runs"),
     draw: bool = False,

@@ -75,7 +75,7 @@ def source_job(pair, collect, seed, runs):
     policy = folder / f"source-{collect}-{seed}-policy"
     newest = ("--dataset-rows", 10_000, "--seed", seed)
     stages = [
-        Stage(command, model / "curves.png"),
+        Stage(command, model / "done"),
         stage,
         adapt(adapted, model / "draw.pt", "--dataset", data, *newest),
         train(policy, adapted / "best.pt", data, target, *newest),

@@ -34,8 +34,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 @dataclass
 class Stage:
-    """A script to run: `command` are its name and flags, `finished` the last file that it writes;
-    `before`, if there is one, a finished stage whose folder it goes on from, in a copy."""
+    """A script to run: `command` are its name and flags; `finished` a file that is there when it
+    has succeeded, its own or an empty one; `before`, if there is one, a finished stage, which it
+    goes on from in a copy of the folder."""
 
     command: list
     finished: Path
@@ -55,7 +56,7 @@ class Job:
 def adapt(folder, checkpoint, *flags):
     """Stage 2 with the laptop preset into `folder`"""
     command = ["redraw_adapt.py", "laptop", "--checkpoint", checkpoint, "--run-dir", folder]
-    return Stage([*command, "--resume", *flags], Path(folder) / "curves.png")
+    return Stage([*command, "--resume", *flags], Path(folder) / "done")
 
 
 def train(folder, checkpoint, dataset, env_id, *flags):
@@ -63,7 +64,7 @@ def train(folder, checkpoint, dataset, env_id, *flags):
     figures that were made before the preset's became 600."""
     command = ["train_policy.py", "laptop", "--checkpoint", checkpoint, "--dataset", dataset]
     command += ["--run-dir", folder, "--eval-env-ids", env_id, "--resume", "--updates", 300]
-    return Stage([*command, *flags], Path(folder) / "curves.png")
+    return Stage([*command, *flags], Path(folder) / "done")
 
 
 def record_expert(out, env_id, rows, *flags):
@@ -84,8 +85,11 @@ def run_stage(stage, locks, guard):
         folder = stage.finished.parent
         folder.parent.mkdir(parents=True, exist_ok=True)
         if stage.before and not folder.exists():
+            part = folder.with_name(f".{folder.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
             unfinished = shutil.ignore_patterns(stage.finished.name)
-            shutil.copytree(stage.before.finished.parent, folder, ignore=unfinished)
+            shutil.copytree(stage.before.finished.parent, part, ignore=unfinished)
+            part.rename(folder)
         log = folder.with_name(folder.name + ".log")
         command = [sys.executable, *map(str, stage.command)]
         with open(log, "a") as file:
@@ -95,6 +99,7 @@ def run_stage(stage, locks, guard):
         if done.returncode:
             last = log.read_text(errors="replace").strip().splitlines()[-1:]
             raise RuntimeError(f"{stage.command[0]} failed: {' '.join(last)}; see {log}")
+        stage.finished.touch()
 
 
 def run_all(path, jobs, at_once=2):

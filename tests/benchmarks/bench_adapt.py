@@ -44,7 +44,8 @@ def main(rates, preset="paper", repeats=REPEATS):
     device = prepare(args)
     sizes = sizes_of(draw_pretrain.PRESETS[preset][1])
     draw = DRAW(sizes).to(memory_format=torch.channels_last).requires_grad_(False).eval()
-    rectified = Rectified(draw, args.method, args.hidden, args.layers, args.inputs, args.members)
+    shape = (args.hidden, args.layers, args.inputs, args.members, args.rank)
+    rectified = Rectified(draw, args.method, *shape)
     optimizer = torch.optim.Adam(rectified.parameters(), lr=args.lr, eps=1e-8, fused=True)
     N, L = 2 * args.batch * args.length, sizes.image_size
     dataset = random_dataset(N, L)

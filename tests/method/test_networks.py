@@ -368,7 +368,7 @@ def test_policy_survives_its_checkpoint(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_world_model_and_residual_survive_their_checkpoint(tmp_path, method):
     draw = DRAW(TINY)
-    rectified = Rectified(draw, method, hidden=8, layers=2, inputs="za+sigma", members=2)
+    rectified = Rectified(draw, method, 8, 2, "za+sigma", members=2, rank=3)
     for p in rectified.parameters():
         nn.init.normal_(p)
     save_tiny_draw(tmp_path / "source.pt", draw)

@@ -258,6 +258,8 @@ FLAGS = [
             ("--ema-decay nan", "--ema-decay"),
             ("--hidden 1000000000000", "--hidden"),
             ("--layers 0", "--layers"),
+            ("--rank 0", "--rank"),
+            ("--rank 1000000000000", "--rank"),
             ("--members 0", "--members"),
             ("--members 1000000000000", "--members"),
             ("--lr 0", "--lr"),

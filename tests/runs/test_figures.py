@@ -4,6 +4,7 @@ come from the csv alone."""
 import csv
 import importlib
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -64,6 +65,26 @@ def test_a_longer_run_goes_on_from_a_copy_of_the_shorter(jobs, tmp_path):
     jobs.run_all(tmp_path / "table.csv", [jobs.Job({"seed": 1}, [short, longer], dict)])
     # Of the short run's last file there is no copy, or the long run would seem finished.
     assert (tmp_path / "long" / "made").read_text() == "once\n"
+
+
+def test_an_interrupted_stage_is_not_finished(jobs, tmp_path):
+    """Ctrl-C lets a stage save and draw its curves; the next call goes on with it."""
+    folder = tmp_path / "run"
+    stopped = "import pathlib; pathlib.Path('run/curves.png').touch(); raise SystemExit(130)"
+    folder.mkdir()
+    for build in (
+        lambda: jobs.adapt(folder, "draw.pt"),
+        lambda: jobs.train(folder, "best.pt", "data.npz", "id"),
+    ):
+        made = build()
+        made.command = ["-c", f"import os; os.chdir({str(tmp_path)!r}); {stopped}"]
+        with pytest.raises(RuntimeError):
+            jobs.run_all(tmp_path / "table.csv", [jobs.Job({"seed": 1}, [made], dict)])
+        assert (folder / "curves.png").exists() and not made.finished.exists()
+        made.command = ["-c", ""]
+        jobs.run_stage(made, {}, Lock())
+        assert made.finished.exists()
+        made.finished.unlink()
 
 
 def test_a_stage_that_fails_ends_the_figure_with_its_last_line(jobs, tmp_path):

@@ -316,7 +316,7 @@ def adapt(tmp_path, rows, source=HOME, run="run", **flags):
 @pytest.mark.parametrize(
     "method, source",
     [("residual", HOME), ("residual", None)]
-    + [("replace", HOME), ("finetune", HOME), ("none", None)],
+    + [("replace", HOME), ("finetune", HOME), ("lowrank", HOME), ("none", None)],
 )
 def test_files_of_a_run(tmp_path, capsys, method, source):
     rows = random_rows(60)

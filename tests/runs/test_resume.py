@@ -286,12 +286,12 @@ def test_full_disk_for_real(flags, tmp_path):
 
 
 def test_a_finished_stage_2_goes_on_with_more_updates(flags, tmp_path):
-    """It ends as the run does that had them from the beginning, and that saved where it ended."""
+    """It ends like a run that had all updates from the start and saved at the same place."""
     module, flags_of = flags["redraw_adapt"]
 
-    def run(folder, updates):
+    def run(folder, updates, more=""):
         data = f"--dataset {tmp_path}/data.npz --save-every 40 --log-every 20"
-        more = f"--run-dir {tmp_path}/{folder} --updates {updates} --resume"
+        more += f" --run-dir {tmp_path}/{folder} --updates {updates} --resume"
         call(module, *ADAPT, *flags_of[-2].split()[:2], data, more)
 
     save_dataset(tmp_path / "data.npz", random_rows(200))
@@ -299,10 +299,12 @@ def test_a_finished_stage_2_goes_on_with_more_updates(flags, tmp_path):
     run("extended", 80)
     run("extended", 120)
     assert_same("redraw_adapt", tmp_path / "long", tmp_path / "extended")
-    assert_whole("redraw_adapt", tmp_path / "long", tmp_path / "extended")
-    with user_error("has made 120 updates already, not 80"):
+    assert json.loads((tmp_path / "extended/args.json").read_text())["updates"] == 120
+    with user_error("has made 120 updates already, more than --updates 80"):
         run("extended", 80)
-    assert_whole("redraw_adapt", tmp_path / "long", tmp_path / "extended")
+    with user_error("inputs was za, now it is za+sigma"):
+        run("extended", 120, "--inputs za+sigma")
+    assert_same("redraw_adapt", tmp_path / "long", tmp_path / "extended")
 
 
 def contents(folder):
@@ -389,7 +391,7 @@ def test_resume_goes_by_the_contents_of_its_inputs(flags, undisturbed, tmp_path,
     torch.manual_seed(5)
     save_tiny_draw(tmp_path / "moved.pt")  # of the same size, other weights
     before = contents(run_dir)
-    with user_error("inputs was"):
+    with user_error("contents of the checkpoint or of the dataset"):
         call(module, *stage_flags, f"{moved} --resume --run-dir {run_dir}")
     assert contents(run_dir) == before
 

@@ -75,6 +75,10 @@ def initial64(draw):
 def base64(draw, rectified):
     """(z, sigma, a) -> f, zeros where the method leaves f out"""
     f = weights64(draw.dynamics_net)
+    matrices = [name for name, w in f.items() if w.ndim == 2]  # in the order of the layers
+    for name, change in zip(matrices, rectified.change if rectified else (), strict=False):
+        A, B = weights64(change).values()
+        f[name] += B @ A
     uses_f = rectified is None or rectified.options["method"] != "replace"
     return lambda z, sigma, a: dynamics64(f, z, sigma, a) if uses_f else np.zeros_like(z)
 
@@ -87,7 +91,7 @@ def seen64(rectified, sigma, base):
 def step64(draw, rectified=None):
     """(z, sigma, a) -> u, as the method of `rectified` has it"""
     f = base64(draw, rectified)
-    if rectified is None or rectified.options["method"] in ("none", "finetune"):
+    if rectified is None or rectified.options["method"] in ("none", "finetune", "lowrank"):
         return f
     members = [weights64(delta) for delta in rectified.delta]
 
