@@ -149,7 +149,7 @@ def job(change, strength, size, seed, runs):
     return Job(key, stages, result)
 
 
-def picture():
+def draw_maps():
     """Two maps, changes downwards, sizes of what is trained to the right: return as a share of the
     best known, and held-out KL over the source's own"""
     rows = read(CSV)
@@ -164,19 +164,19 @@ def picture():
             if found:
                 share = [float(r["return"]) / float(r["best_known"]) for r in found]
                 maps[:, y, x] = np.mean(share), mean_and_range(found, "kl_over_home")[0]
-    figure, axes = new_figure(2, rows=2)
+    figure, axes = new_figure(2)
+    figure.set_size_inches(10.0, 2.4 + 0.45 * len(names))
     titles = ("return / best known", "held-out KL / the source's own")
     for ax, values, title in zip(axes[0], maps, titles, strict=True):
         ax.grid(False)
-        ax.imshow(values, aspect="auto", cmap="cividis")
+        picture = ax.imshow(values, aspect="auto", cmap="cividis")
         ax.set(title=title, xticks=range(len(SIZES)), xlabel="hidden units, or rank")
         ax.set_xticklabels(SIZES, rotation=45)
         ax.set(yticks=range(len(names)), yticklabels=names)
         for (y, x), value in np.ndenumerate(values):
             if np.isfinite(value):
-                ax.text(x, y, f"{value:.2f}", ha="center", va="center", color="white", fontsize=6)
-    for ax in axes[1]:
-        ax.remove()
+                colour = "black" if picture.norm(value) > 0.5 else "white"
+                ax.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=10)
     figure.savefig(HERE / "capacity.png", dpi=110)
 
 
@@ -205,7 +205,7 @@ def main(
     ]
     if not draw:
         run_all(CSV, jobs)
-    picture()
+    draw_maps()
 
 
 if __name__ == "__main__":
