@@ -536,7 +536,7 @@ def chain_metrics(monkeypatch, tmp_path):
     draw.posterior = lambda embed: torch.tensor([0.0, -99.0, -99.0, -99.0]).expand(
         *embed.shape[:-1], 3, 4
     )
-    draw.dynamics = lambda z, sigma, action: 50 * z.roll(1, -1)
+    draw.dynamics = lambda z, sigma, action, change: 50 * z.roll(1, -1)
     draw.reward = lambda z: z[..., 0, :] @ torch.arange(4.0)
     draw.cont = lambda z: 1 - 0.5 * z[..., 0, 2]
     rows = random_rows(8)
@@ -571,7 +571,7 @@ def test_stage_3_starts_where_reward_is_predicted(monkeypatch, tmp_path):
         .expand(*vector.shape[:-1], 3, 4)
         - 20
     )
-    draw.dynamics = lambda z, sigma, action: 50 * z  # nothing moves
+    draw.dynamics = lambda z, sigma, action, change: 50 * z  # nothing moves
     draw.reward = lambda z: z[..., 0, 1]
     rows = random_rows(8)
     rows["vector"][:, 0] = np.arange(8) == 5  # the sixth row is the one that pays
@@ -586,7 +586,7 @@ def test_stage_3_starts_where_reward_is_predicted(monkeypatch, tmp_path):
 def test_policy_learns_to_do_what_pays(monkeypatch, tmp_path):
     draw = DRAW(TINY)
     sign = torch.tensor([1.0, -1.0, 0.0, 0.0])
-    draw.dynamics = lambda z, sigma, action: (
+    draw.dynamics = lambda z, sigma, action, change: (
         4 * action.clamp(-1, 1)[..., None] * sign + torch.zeros_like(z)
     )  # a positive action leads to class 0
     draw.reward = lambda z: z[..., 0].mean(-1)  # which pays

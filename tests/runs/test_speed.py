@@ -131,12 +131,13 @@ def test_torchrun_trains_one_model(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command = [*torchrun, "2", str(ROOT / "draw_pretrain.py"), *flags]
     run = tmp_path / "run"
-    stopped = subprocess.Popen(command, cwd=tmp_path, env=ENV, stderr=subprocess.DEVNULL)
+    with open(tmp_path / "stderr", "w") as stderr:
+        stopped = subprocess.Popen(command, cwd=tmp_path, env=ENV, stderr=stderr)
     while (
         not (run / "state.pt").exists()
         or load_checkpoint(run / "state.pt", ("state",))["step"] < 160
     ):
-        assert stopped.poll() is None
+        assert stopped.poll() is None, (tmp_path / "stderr").read_text()[-3000:]
         time.sleep(0.05)
     stopped.terminate()
     stopped.wait()
