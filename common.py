@@ -1138,6 +1138,8 @@ class Run:
                 self.begin(settings, args.overwrite, inputs)
             if self.rank == 0:
                 self.open_logs(args)
+        if torch.distributed.is_initialized():  # nobody writes before process 0 has seen the folder
+            torch.distributed.barrier()
 
     def begin(self, settings, overwrite, inputs):
         """Makes the folder; with --overwrite, without what an older run left for later stages."""
