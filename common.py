@@ -1130,18 +1130,18 @@ class Run:
         self.interrupted = False
         self.warned = set()
         settings = asdict(args) | {"checksums": [checksum(path) for path in inputs]}
-        self.settings = settings = json.loads(json.dumps(settings))  # as they will be read back
+        self.settings = json.loads(json.dumps(settings))  # as they will be read back
         with explained(f"can't use --run-dir {folder}", OSError):
             if args.resume and (self.dir / "args.json").exists():
-                self.go_on(settings)
+                self.go_on()
             elif self.rank == 0:
-                self.begin(settings, args.overwrite, inputs)
+                self.begin(args.overwrite, inputs)
             if self.rank == 0:
                 self.open_logs(args)
         if torch.distributed.is_initialized():  # nobody writes before process 0 has seen the folder
             torch.distributed.barrier()
 
-    def begin(self, settings, overwrite, inputs):
+    def begin(self, overwrite, inputs):
         """Makes the folder; with --overwrite, without what an older run left for later stages."""
         if any(self.dir.glob("[!.]*")) and not overwrite:
             todo = "choose another --run-dir, or add --overwrite, or --resume if it is this run"
@@ -1158,13 +1158,13 @@ class Run:
         text = json.dumps(self.settings, indent=1).encode()
         write_atomically(self.dir / "args.json", lambda file: file.write(text))
 
-    def go_on(self, settings):
+    def go_on(self):
         """Reads the last save. UserError if the run had other flags or inputs."""
         with explained(f"{self.dir}/args.json is damaged; start anew with --overwrite"):
             before = dict(json.loads((self.dir / "args.json").read_text()))
-        for name in before.keys() & settings.keys() - self.free:
-            if before[name] != settings[name]:
-                change = f"{name} was {before[name]}, now it is {settings[name]}"
+        for name in before.keys() & self.settings.keys() - self.free:
+            if before[name] != self.settings[name]:
+                change = f"{name} was {before[name]}, now it is {self.settings[name]}"
                 if name == "checksums":
                     change = "the contents of the checkpoint or of the dataset have changed"
                 raise UserError(f"--resume needs the flags and inputs of the start: {change}")

@@ -53,8 +53,8 @@ SIZES = {
     "256": ("--hidden", 256),
     "1024": ("--hidden", 1024),
     "256x2": ("--hidden", 256, "--layers", 2),
-    # A change of f's own weights with as many numbers as the residuals of 16, 64 and 256. (The last
-    # two have as many as f itself: 132,224.)
+    # A change of f's own weights with as many numbers as the residuals of 16, 64 and 256. (256 and
+    # rank86 have as many as f itself: 132,224.)
     "rank6": ("--method", "lowrank", "--rank", 6),
     "rank22": ("--method", "lowrank", "--rank", 22),
     "rank86": ("--method", "lowrank", "--rank", 86),

@@ -87,7 +87,7 @@ def picture(pairs):
 
 
 def table(pair):
-    """Prints what a baseline that is stopped at its best budget returns, and at its last one."""
+    """Prints the mean return of each method at its best budget and at its last one."""
     print(f"{pair}: mean return over seeds, and their range")
     for method in METHODS[:3]:
         rows = [row for row in read(CSV) if row["pair"] == pair and row["method"] == method]
