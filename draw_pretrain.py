@@ -29,7 +29,7 @@ sg: stop-gradient. r and c: reward and continue of ARRIVING at a state, in R_t a
 ones; v: the critic's mean; the slow critic follows the critic by 2 % an update; scale =
 max(return_floor, range of the returns from the 5th to the 95th percentile, averaged over some 100
 updates). All other symbols: common.py. A KL below one nat is not reduced further ("free nat"). That
-is --learn reinforce, the paper's; --learn search is this project's, for laptops: see `search`.
+is --learn reinforce, the paper's; --learn lookahead is this project's: see `lookahead`.
 
     python draw_pretrain.py laptop --env-id redraw/PendulumSwingup-v0 --run-dir runs/source
 
@@ -86,7 +86,7 @@ class Args:
     seed: int = 1
     device: str = "auto"  # auto, cpu or cuda
     track: bool = False  # log to Weights & Biases too
-    bf16: bool = False  # networks compute in bfloat16, but in search not; losses stay float32
+    bf16: bool = False  # networks compute in bfloat16, but in lookahead not; losses stay float32
     compile: bool = False  # torch.compile of the world model; the first update takes minutes
     log_every: int = 100  # updates between two lines in the logs
 
@@ -132,16 +132,18 @@ class Args:
     policy_every: int = 1  # world-model updates for one of the task policy
     explore_every: int = 1  # world-model updates for one of the exploration policy
     gamma: float = 1 - 1 / 333  # larger: rewards farther away count
-    lam: float = 0.95  # reinforce: lambda; larger: returns rest on rewards, smaller: on the critic
+    lam: float = 0.95  # lambda; larger: returns rest on rewards, smaller: on the critic
     entropy: float = 3e-4  # reinforce: weight of the entropy; larger: more random for longer
     actor_lr: float = 3e-5
     critic_lr: float = 3e-5
     return_floor: float = 0.01  # returns are divided by their range or, if larger, by this
     restart: float = 1.0  # share of trajectories that start anew; others go on from the last update
-    # reinforce is the paper's; search: of several trajectories from a state the best one teaches.
-    learn: Literal["reinforce", "search"] = "reinforce"
-    candidates: int = 8  # search: trajectories from each start; more: better teachers, slower
-    lesson_steps: int = 6  # search: gradient steps an update, from the last 20 updates' lessons
+    # reinforce is the paper's; lookahead: in imagined states several actions are compared.
+    learn: Literal["reinforce", "lookahead"] = "reinforce"
+    states: int = 256  # lookahead: imagined states an update in which actions are compared
+    candidates: int = 12  # lookahead: actions compared in each; more: better teachers, slower
+    ahead: int = 2  # lookahead: steps until the critic judges them
+    lesson_steps: int = 6  # lookahead: gradient steps an update, from the last 20 updates' lessons
     least_reward: float = 0.0  # predicted rewards nearer to 0 count as 0: their sum can mislead
     ensemble: int = 8  # members
     ensemble_target: int = 0  # members predict so many random projections of embed; 0: all of it
@@ -193,7 +195,7 @@ CHANGES = {
     "lesson_steps":   (10,       6),
     "return_floor":   (0.1,      0.1),
     "restart":        (0.3,      1.0),      # states farther from the data are seen too
-    "learn":          ("search", "reinforce"),
+    "learn":          ("lookahead", "reinforce"),
     "least_reward":   (0.02,     0.0),
     "ensemble":       (5,        3),
     "ensemble_target": (64,      64),
@@ -384,52 +386,75 @@ def reinforce(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     return loss_actor + loss_critic, metrics, new_range, ends
 
 
+def rollout(args, draw, dynamics, policy, z, sigma, alive, reward_of, noise, lam):
+    """Trajectories without samples: the actor's mean plus noise (H, B, A), and z_t is the prior.
+
+    Args: as of `reinforce`; lam: of their returns R_t, which end with the slow critic's v_H.
+    Returns: zs and sigmas (H+1, B, S, K), actions (H, B, A), reward, continue and R_t (H, B).
+    """
+    zs, sigmas, actions = imagine(policy.actor, dynamics, z, sigma, len(noise), noise)
+    reward = alive * reward_of(zs[:-1], sigmas[:-1], actions, zs[1:])
+    cont = draw.cont(zs[1:])
+    value = twohot_mean(policy.slow_critic(zs))
+    returns = lambda_returns(reward, alive * args.gamma * cont, value, lam)
+    return zs, sigmas, actions, reward, cont, returns
+
+
 @torch.no_grad()
-def search(args, draw, dynamics, policy, z, sigma, alive, reward_of):
-    """`candidates` trajectories from each start; the best one is what actor and critic learn from.
+def lookahead(args, draw, dynamics, policy, z, sigma, alive, reward_of):
+    """Compares actions in imagined states; actor and critic learn from the comparison.
 
-    They are imagined without samples: from t = 1 on z_t is the prior p(z_t | ...) itself. Candidate
-    0 follows the actor's mean. The others add noise, of deviation 0.3 to 1, that lasts 8 steps on
-    average. The slow critic follows the critic by 5 % in each gradient step.
+    Half of the trajectories follow the actor's mean mu; the others add noise, of deviation up to
+    0.6, that lasts 4 steps on average. In some of their states `candidates` actions are tried.
+    Candidate 0 is mu, the next ones mu + o with o of deviation up to 1, the last three uniform.
+    Afterwards they follow the actor's mean plus o / 2, o / 4, ...
 
-        R_t = r_{t+1} + gamma c_{t+1} R_{t+1},   R_H = v_H of the slow critic
-        lead = (R_0 of the best - R_0 of candidate 0) / max(|R_0 of candidate 0|, return_floor)
-        w_t = min(1, lead / 0.05) for t < 5, else 0
+        Q_k  = r_1 + gamma c_1 r_2 + ... + gamma^n c_1 .. c_n v_n of the slow critic,   n = ahead
+        p_k  = softmax over k of Q_k / (0.3 d + 0.03 return_floor),   d: deviation of Q over k
+        a    = sum_k p_k a_k
+        w    = (sum_k p_k Q_k - Q_0) / (0.5 d + 0.03 return_floor), cut to 0 .. 1
+        R    = the lambda-return on a trajectory without noise, Q_0 on another
 
     Args: as of `reinforce`.
-    Returns: lessons z_t, a_t, R_t, w_t of the best candidates, (H B, ...); metrics; ends, as of
-        `reinforce`, of the best or of candidate 0, by chance.
+    Returns: lessons z, a, R, w, (states, ...); metrics; ends, as of `reinforce`.
     """
-    B, M = len(z), args.candidates
-    z = z.repeat_interleave(M, 0)  # (B M, S, K)
-    sigma = sigma.repeat_interleave(M, 0)
-    deviation = F.pad(torch.linspace(0.3, 1.0, M - 1, device=z.device), (1, 0))  # (M,)
-    noise = torch.randn(args.horizon, B * M, draw.sizes.action_size, device=z.device)
-    for t in range(1, args.horizon):
-        lasts = torch.rand(B * M, 1, device=z.device) >= 1 / 8
+    B, M, H, A = len(z), args.candidates, args.horizon, draw.sizes.action_size
+    given = (args, draw, dynamics, policy)
+    noise = torch.randn(H, B, A, device=z.device)
+    for t in range(1, H):
+        lasts = torch.rand(B, 1, device=z.device) >= 1 / 4
         noise[t] = torch.where(lasts, noise[t - 1], noise[t])
-    noise *= deviation.repeat(B)[:, None]  # (H, B M, A)
-    zs, sigmas, actions = imagine(policy.actor, dynamics, z, sigma, args.horizon, noise)
-    alive = alive.repeat_interleave(M)  # (B M,), 0 or 1: nothing follows a terminal start
-    reward = alive * reward_of(zs[:-1], sigmas[:-1], actions, zs[1:])  # (H, B M)
-    cont = draw.cont(zs[1:])  # (H, B M)
-    discount = alive * args.gamma * cont
-    value = twohot_mean(policy.slow_critic(zs))  # (H+1, B M)
-    returns = lambda_returns(reward, discount, value, lam=1.0)  # (H, B M)
+    noise *= torch.linspace(-0.6, 0.6, B, device=z.device).clamp(min=0.0)[:, None]
+    quiet = (B + 1) // 2  # the first so many are without noise
+    zs, sigmas, _, reward, cont, returns = rollout(
+        *given, z, sigma, alive, reward_of, noise, args.lam
+    )
+    ends = (zs[-1], sigmas[-1], alive * cont.prod(0) > 0.5)
+    metrics = {"return": returns[0, :quiet].mean(), "reward": reward[:, :quiet].mean()}
 
-    R_0 = returns[0].view(B, M)
-    first = torch.arange(B, device=z.device) * M  # candidate 0 of each start
-    best = first + R_0.argmax(1)
-    lead = (R_0.amax(1) - R_0[:, 0]) / R_0[:, 0].abs().clamp(min=args.return_floor)
-    w = (lead / 0.05).clamp(max=1.0).repeat(args.horizon, 1)  # (H, B)
-    w[5:] = 0.0
-    lessons = {"z": zs[:-1, best], "a": actions[:, best], "R": returns[:, best], "w": w}
-    lessons = {name: value.flatten(0, 1) for name, value in lessons.items()}
-    metrics = {"return": R_0[:, 0].mean(), "best_return": R_0.amax(1).mean()}
-    metrics |= {"reward": reward.mean(), "lead": lead.clamp(max=1.0).mean()}
-    goes_on = alive * cont.prod(0) > 0.5  # (B M,)
-    last = torch.where(torch.rand(B, device=z.device) < 0.5, best, first)
-    return lessons, metrics, (zs[-1, last], sigmas[-1, last], goes_on[last])
+    pick = torch.randperm(H * B, device=z.device)[: args.states]  # t B + b
+    n = len(pick)
+    z = zs[:-1].flatten(0, 1)[pick]  # (n, S, K)
+    mu = policy.actor(z).mean[:, None]  # (n, 1, A)
+    deviation = torch.linspace(0.0, 1.0, M, device=z.device)[:, None]
+    o = deviation * torch.randn(n, M, A, device=z.device)
+    o[:, -3:] = 2.0 * torch.rand(n, 3, A, device=z.device) - 1.0 - mu
+    halves = 0.5 ** torch.arange(args.ahead, device=z.device)
+    each = (z, sigmas[:-1].flatten(0, 1)[pick], alive.repeat(H)[pick])
+    each = [x.repeat_interleave(M, 0) for x in each]  # (n M, ...)
+    noise = halves[:, None, None] * o.flatten(0, 1)  # (ahead, n M, A)
+    _, _, actions, _, _, Q = rollout(*given, *each, reward_of, noise, lam=1.0)
+
+    Q = Q[0].view(n, M)
+    d = Q.std(1)
+    near = 0.03 * args.return_floor  # differences smaller than this do not count
+    p = ((Q - Q.amax(1, keepdim=True)) / (0.3 * d + near)[:, None]).softmax(1)
+    a = (p[..., None] * actions[0].view(n, M, A)).sum(1)
+    better = (p * Q).sum(1) - Q[:, 0]
+    w = (better / (0.5 * d + near)).clamp(0.0, 1.0)
+    R = torch.where(pick % B < quiet, returns.flatten()[pick], Q[:, 0])
+    metrics |= {"lead": better.mean(), "weight": w.mean()}
+    return {"z": z, "a": a, "R": R, "w": w}, metrics, ends
 
 
 def lesson_loss(policy, z, a, R, w):
@@ -441,7 +466,7 @@ def lesson_loss(policy, z, a, R, w):
 def improve(args, draw, dynamics, policy, adam, memory, z, sigma, alive, reward_of):
     """One update of a policy in imagination, from z, sigma (B, S, K).
 
-    Args: memory: a deque of the last lessons of `search`; the others as of `reinforce`.
+    Args: memory: a deque of the last lessons of `lookahead`; the others as of `reinforce`.
     Returns: metrics; ends, as of `reinforce`.
     """
     if args.learn == "reinforce":
@@ -453,7 +478,7 @@ def improve(args, draw, dynamics, policy, adam, memory, z, sigma, alive, reward_
         metrics["grad_norm"] = gradient_step(adam, loss, 100.0)
         policy.update_slow_critic()
         return metrics, ends
-    lessons, metrics, ends = search(args, draw, dynamics, policy, z, sigma, alive, reward_of)
+    lessons, metrics, ends = lookahead(args, draw, dynamics, policy, z, sigma, alive, reward_of)
     memory.append(lessons)
     for _ in range(args.lesson_steps):
         lessons = memory[torch.randint(len(memory), ())]
@@ -626,7 +651,8 @@ def check(args):
         (0, 10**9, "start_speed least_reward entropy image_scale vector_scale reward_scale"),
         (1e-9, 10**9, "hold gain train_every return_floor"),
         (0, 1, "lr actor_lr critic_lr rewarded gamma lam augment restart"),
-        (2, 1000, "candidates"),
+        (5, 1000, "candidates"),
+        (1, 65536, "states ahead"),
         (1, 1000, "lesson_steps"),
         (1, args.batch * args.length, "starts"),  # no more than states of a batch
         (rows, args.steps - 1, "prefill"),
@@ -699,7 +725,7 @@ class Collector:
         self.gain = args.gain
         nothing = np.zeros((args.n_envs, sizes.action_size), np.float32)
         self.noise = held_noise(nothing, 1.0, args.gain)
-        self.by_mean = args.learn == "search"
+        self.by_mean = args.learn == "lookahead"
         self.actors = {k: Policy(sizes, draw, p.actor, self.by_mean) for k, p in policies.items()}
         self.names = ("explore", "task", "task") if args.collect == "mixed" else (args.collect,)
         self.who = np.full(args.n_envs, "random", "<U7")

@@ -109,7 +109,9 @@ class Args:
     updates: int = 3_000_000
     batch: int = 16  # B, sequences an update
     length: int = 64  # T, steps of a sequence; longer: beliefs that have run for longer
-    soft: float = 0.0  # share of sequences with z = q, no samples: --learn search of stage 3 has it
+    soft: float = (
+        0.0  # share of sequences with z = q, no samples: --learn lookahead of stage 3 has it
+    )
     l2: float = 0.0  # of `residual`: weight of e's mean square; larger: nearer to the source
     ema_decay: float = 0.0  # what is saved averages some 1 / (1 - ema_decay) last updates
 
@@ -400,7 +402,7 @@ def open_target(args, checkpoint, draw):
         raise UserError(f"an episode of {env_id} has {limit + 1} rows, fewer than --length")
     policy = None
     if args.collect_policy in ("zero-shot", "explore"):
-        by_mean = checkpoint["args"].get("learn") == "search"  # as stage 1 let it act
+        by_mean = checkpoint["args"].get("learn", "reinforce") != "reinforce"  # as in stage 1
         policy = Policy(draw.sizes, draw, by_mean=by_mean).to(draw.initial_logits.device)
         actor = "task_actor" if args.collect_policy == "zero-shot" else "explore_actor"
         with explained(f"{args.checkpoint} holds no '{actor}' that fits"):

@@ -354,14 +354,17 @@ the actor's average never forgets
 -max(1.0 / update, 1.0 - args.ema_decay)
 +1.0 / update
 
-== train_policy.py | method/test_oracles_policy.py -k search or lesson
-the worst candidate teaches
--best = first + R_0.argmax(1)
-+best = first + R_0.argmin(1)
+== train_policy.py | method/test_oracles_policy.py -k lookahead or lesson
+the worst action teaches
+-p = ((Q - Q.amax(1, keepdim=True))
++p = ((Q.amin(1, keepdim=True) - Q)
 candidate 0 is noisy too
--F.pad(torch.linspace(0.3, 1.0, M - 1, device=z.device), (1, 0))
-+torch.linspace(0.3, 1.0, M, device=z.device)
-the critic's value at the end of a search
+-deviation = torch.linspace(0.0, 1.0, M, device=z.device)[:, None]
++deviation = torch.linspace(0.3, 1.0, M, device=z.device)[:, None]
+no action is better than the actor's, and it is taught all the same
+-w = (better / (0.5 * d + near)).clamp(0.0, 1.0)
++w = torch.ones_like(better)
+the critic's value at the end of a rollout
 -value = twohot_mean(policy.slow_critic(zs))
 +value = twohot_mean(policy.critic(zs))
 

@@ -4,8 +4,9 @@
         --out docs/pretrained/pendulum.pt
 
 The result is a draw.pt whose task actor and critic are those of stage 3, in half precision; without
---policy they stay those of stage 1. Stages 2 and 3 take it as --checkpoint; `train_policy.py
---updates 0 --warm-start both` evaluates it.
+--policy they stay those of stage 1. With --finetuned best.pt the weights are those of stage 2,
+--method finetune, run in the source: f learns on. Stages 2 and 3 take it as --checkpoint;
+`train_policy.py --updates 0 --warm-start both` evaluates it.
 """
 
 import sys
@@ -16,7 +17,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import load_checkpoint, save_checkpoint  # noqa: E402
+from common import UserError, load_checkpoint, save_checkpoint  # noqa: E402
 
 
 def half(weights):
@@ -24,17 +25,23 @@ def half(weights):
     return {name: w.half() if w.dtype == torch.float32 else w for name, w in weights.items()}
 
 
-def main(draw: Path, out: Path, policy: Path | None = None):
+def main(draw: Path, out: Path, policy: Path | None = None, finetuned: Path | None = None):
     """Writes the checkpoint.
 
     Args:
         draw: draw.pt of stage 1
         out: the checkpoint to write
         policy: run folder of stage 3, trained in that model
+        finetuned: best.pt of stage 2, `--method finetune`, of that model in the source
     """
     checkpoint = load_checkpoint(draw, ("draw_pretrain",))
     del checkpoint["file"]
     checkpoint["args"]["run_dir"] = None  # a path of the machine that made it
+    if finetuned is not None:
+        further = load_checkpoint(finetuned, ("redraw_adapt",))
+        if further["rectified_options"]["method"] != "finetune":
+            raise UserError(f"{finetuned} is not of --method finetune")
+        checkpoint["draw"] = further["draw"]
     if policy is not None:
         # The actor that acts, and the critic, which only the last save holds.
         acts = load_checkpoint(policy / "policy.pt", ("train_policy",))["policy"]

@@ -502,7 +502,7 @@ def run_policy(monkeypatch, tmp_path, draw, rows, **changes):
     return metrics, load_policy(tmp_path / "run" / "policy.pt")
 
 
-@pytest.mark.parametrize("learn", ["reinforce", "search"])
+@pytest.mark.parametrize("learn", ["reinforce", "lookahead"])
 @pytest.mark.parametrize(
     "decay, shares", [(0.0, (0, 0, 1)), (0.5, (0.25, 0.25, 0.5)), (0.9, (1 / 3, 1 / 3, 1 / 3))]
 )
@@ -599,7 +599,7 @@ def test_policy_learns_to_do_what_pays(monkeypatch, tmp_path):
 
 
 def test_a_share_of_the_residual_s_sequences_is_soft():
-    """z is q itself in `soft` of the sequences, as search imagines, a sample in the others."""
+    """z is q itself in `soft` of the sequences, as lookahead imagines, a sample in the others."""
     N, T = 400, 4
     log_q = unimix(torch.randn(N, 3, 4))
     data = {"log_q": log_q, "action": torch.zeros(N, 1), "is_first": torch.zeros(N, dtype=bool)}

@@ -82,14 +82,14 @@ def nets_of(policy):
 
 
 def test_both_stages_hold_the_same_text():
-    names = "imagine lambda_returns actor_loss critic_loss reinforce search lesson_loss improve"
-    for name in (*names.split(), "continued", "policy_adam"):
+    names = "imagine lambda_returns actor_loss critic_loss reinforce rollout lookahead lesson_loss"
+    for name in (*names.split(), "improve", "continued", "policy_adam"):
         one, three = (inspect.getsource(getattr(m, name)) for m in (draw_pretrain, train_policy))
         assert one == three, name
 
 
 @pytest.mark.parametrize("stage", [draw_pretrain, train_policy])
-@pytest.mark.parametrize("how", ["reinforce", "search"])
+@pytest.mark.parametrize("how", ["reinforce", "lookahead"])
 def test_only_trajectories_that_go_on_are_continued(stage, how):
     """Not from a terminal start, and not from where the episode has probably ended."""
     args = args_of(stage, return_floor=1.0)
@@ -254,58 +254,90 @@ def test_updates_of_stage_3(monkeypatch, tmp_path, noise, method):
     assert cut == [(group, 100.0) for group in groups] * 2
 
 
-def test_search(noise):
-    """What the best candidate of each start did, against single steps without samples"""
-    B, M, H = 3, 4, HYPER["horizon"]
-    args = args_of(train_policy, candidates=M, return_floor=0.01)
+@pytest.mark.parametrize("ends_now", [None, 1])
+def test_lookahead(noise, ends_now):
+    """The comparison of actions in each state, against single steps without samples; start 1 may
+    be terminal."""
+    B, M, H, ahead, n = 3, 6, HYPER["horizon"], 2, 5
+    args = args_of(train_policy, candidates=M, states=n, ahead=ahead, return_floor=0.01)
     draw, policy = shaken_draw(), shaken_policy()
     rectified = shaken(Rectified(draw, "residual", hidden=8)).requires_grad_(False)
     z, sigma, _ = random_states(B)
     z = sigma.roll(1, 0)  # probabilities
+    alive = torch.ones(B)
+    if ends_now is not None:
+        alive[ends_now] = 0.0
     torch.manual_seed(2)
-    lessons, metrics, ends = train_policy.search(
-        args, draw, rectified, policy, z, sigma, torch.ones(B), lambda *now: draw.reward(now[-1])
+    lessons, metrics, ends = train_policy.lookahead(
+        args, draw, rectified, policy, z, sigma, alive, lambda *now: draw.reward(now[-1])
     )
     # The noise once more
     torch.manual_seed(2)
-    fresh = torch.randn(H, B * M, 1)
+    fresh = torch.randn(H, B, 1)
     held = fresh[0]
     pushes = [double(held)]
     for t in range(1, H):
-        held = torch.where(torch.rand(B * M, 1) < 1 / 8, fresh[t], held)
+        held = torch.where(torch.rand(B, 1) < 1 / 4, fresh[t], held)
         pushes.append(double(held))
+    pick = torch.randperm(H * B)[:n].tolist()
+    offsets = double(torch.randn(n, M, 1))
+    uniform = 2.0 * double(torch.rand(n, 3, 1)) - 1.0
     world, nets = slow_world(draw, rectified, smooth=True), nets_of(policy)
-    deviation = [0.0, *np.linspace(0.3, 1.0, M - 1)]
-    for b in range(B):
-        paths = []
-        for m in range(M):
-            place, belief, path = double(z[b]), double(sigma[b]), []
-            for t in range(H):
-                mean = actor64(nets["actor"], place)[0]
-                action = (mean + deviation[m] * pushes[t][b * M + m]).clip(-1, 1)
-                before = place
-                belief = softmax64(world.dynamics(place, belief, action))
-                place = belief
-                reward = world.reward(belief, before, action, place)
-                path.append((before, action, reward, HYPER["gamma"] * world.cont(place)))
-            R = twohot_mean64(mlp64(nets["slow"], place.ravel()))
-            returns = []
-            for _, _, reward, discount in reversed(path):
+
+    def follow(place, belief, alive, noises):
+        """[(z, sigma)] and [(reward, discount)] of the actor's mean plus noise, and the value"""
+        places, steps = [(place, belief)], []
+        for push in noises:
+            action = (actor64(nets["actor"], place)[0] + push).clip(-1, 1)
+            before = place
+            belief = softmax64(world.dynamics(place, belief, action))
+            place = belief
+            reward = world.reward(belief, before, action, place)
+            discount = HYPER["gamma"] * world.cont(place)
+            steps.append((alive * reward, alive * discount))
+            places.append((place, belief))
+        return places, steps
+
+    def slow(place):
+        return twohot_mean64(mlp64(nets["slow"], place.ravel()))
+
+    paths = []
+    for b, deviation in enumerate((0.0, 0.0, 0.6)):
+        given = double(z[b]), double(sigma[b]), alive[b].item()
+        paths.append(follow(*given, [deviation * push[b] for push in pushes]))
+        close(ends[0][b], paths[b][0][-1][0])
+        close(ends[1][b], paths[b][0][-1][1])
+    for row, at in enumerate(pick):
+        t, b = divmod(at, B)
+        places, steps = paths[b]
+        place, belief = places[t]
+        mu = actor64(nets["actor"], place)[0]
+        o = np.linspace(0.0, 1.0, M)[:, None] * offsets[row]
+        o[-3:] = uniform[row] - mu
+        Q = []
+        for k in range(M):
+            noises = [o[k] / 2**i for i in range(ahead)]
+            after, paid = follow(place, belief, alive[b].item(), noises)
+            R = slow(after[-1][0])
+            for reward, discount in reversed(paid):
                 R = reward + discount * R
-                returns.insert(0, R)
-            paths.append((returns, path, place, belief))
-        first = [path[0][0] for path in paths]
-        best = int(np.argmax(first))
-        gain = (first[best] - first[0]) / max(abs(first[0]), 0.01)
-        for t in range(H):
-            row = t * B + b
-            close(lessons["z"][row], paths[best][1][t][0])
-            close(lessons["a"][row], paths[best][1][t][1])
-            close(lessons["R"][row], paths[best][0][t], rtol=1e-3, atol=1e-4)
-            close(lessons["w"][row], min(1.0, gain / 0.05), rtol=1e-2, atol=1e-2)
-        at_the_end = [np.allclose(double(ends[0][b]), paths[m][2], atol=1e-4) for m in (0, best)]
-        assert any(at_the_end)
-    assert metrics["best_return"] >= metrics["return"]
+            Q.append(R)
+        Q = np.array(Q)
+        p = np.exp((Q - Q.max()) / (0.3 * Q.std(ddof=1) + 0.0003))
+        p /= p.sum()
+        better = (p * Q).sum() - Q[0]
+        w = np.clip(better / (0.5 * Q.std(ddof=1) + 0.0003), 0.0, 1.0)
+        R = slow(places[-1][0])
+        for i in reversed(range(t, H)):
+            reward, discount = steps[i]
+            R = reward + discount * (0.3 * slow(places[i + 1][0]) + 0.7 * R)
+        close(lessons["z"][row], place)
+        close(lessons["a"][row], p @ (mu + o).clip(-1, 1), rtol=1e-2, atol=1e-3)
+        close(lessons["w"][row], w, rtol=1e-2, atol=1e-2)
+        close(lessons["R"][row], R if b < 2 else Q[0], rtol=1e-3, atol=1e-4)
+    rows = [row for row, at in enumerate(pick) if at % B == ends_now]
+    assert ends_now is None or (rows and not lessons["w"][rows].any())
+    assert len(lessons["R"]) == n and metrics["weight"] > 0
 
 
 def test_lesson_loss():

@@ -163,7 +163,7 @@ def test_unusual_predicted_rewards_are_odd_whatever_their_sign(sign):
 def test_half_of_the_episodes_of_a_policy_are_quiet():
     """Stage 1 must see where the policy goes when nothing disturbs it."""
     n = 3000
-    args = draw_pretrain.Args(n_envs=n, collect="mixed", learn="search", hold=4.0)
+    args = draw_pretrain.Args(n_envs=n, collect="mixed", learn="lookahead", hold=4.0)
     draw = DRAW(TINY)
     policies = {name: ActorCritic(TINY) for name in ("task", "explore")}
     collector = draw_pretrain.Collector(args, TINY, draw, policies)

@@ -54,7 +54,9 @@ STAGE_1 = {
     "ensemble": (2, 9),
     "restart": (0.0, 1.0),
     "least_reward": (0.0, 1e9),
-    "candidates": (2, 20),
+    "states": (1, 40),
+    "candidates": (5, 20),
+    "ahead": (1, 9),
     "lesson_steps": (1, 9),
     "ensemble_target": (0, 40),
 }
@@ -107,7 +109,9 @@ STAGE_3 = {
     "return_floor": (1e-9, 1e9),
     "lam": (0.0, 1.0),
     "entropy": (0.0, 1e9),
-    "candidates": (2, 30),
+    "states": (1, 400),
+    "candidates": (5, 30),
+    "ahead": (1, 9),
     "lesson_steps": (1, 9),
 }
 # Not numbers, tested elsewhere, or below by themselves
@@ -174,7 +178,7 @@ def pretrain(run_dir, **changes):
 
 
 @pytest.mark.parametrize("end", [0, 1])
-@pytest.mark.parametrize("learn", ["reinforce", "search"])
+@pytest.mark.parametrize("learn", ["reinforce", "lookahead"])
 def test_stage_1(tmp_path, end, learn):
     changes = ends(STAGE_1, end) | {"learn": learn}
     metrics = pretrain(tmp_path, **changes)
@@ -185,7 +189,7 @@ def test_stage_1(tmp_path, end, learn):
     "flags",
     [
         {"train_every": 0.5, "gamma": 1.0, "lam": 1.0},
-        {"policy_start": 0, "gamma": 1.0, "learn": "search", "restart": 0.0},
+        {"policy_start": 0, "gamma": 1.0, "learn": "lookahead", "restart": 0.0},
         {"lr": 0.0, "actor_lr": 0.0, "critic_lr": 0.0, "collect": "task"},
         {"lr": 1.0, "actor_lr": 1.0, "critic_lr": 1.0, "collect": "explore"},  # may diverge
         {"steps": 21, "collect": "random"},
@@ -243,7 +247,7 @@ def test_stage_2_collects(tmp_path, given, end, policy):
 
 
 @pytest.mark.parametrize("end", [0, 1])
-@pytest.mark.parametrize("learn", ["reinforce", "search"])
+@pytest.mark.parametrize("learn", ["reinforce", "lookahead"])
 def test_stage_3(tmp_path, given, end, learn):
     more = {"run_dir": str(tmp_path), "device": "cpu", "learn": learn}
     more |= {"eval_env_ids": ("toy_env:Toy-v0",)}
@@ -251,7 +255,7 @@ def test_stage_3(tmp_path, given, end, learn):
     assert (tmp_path / "policy.pt").exists() and (tmp_path / "eval.json").exists()
 
 
-@pytest.mark.parametrize("learn", ["reinforce", "search"])
+@pytest.mark.parametrize("learn", ["reinforce", "lookahead"])
 @pytest.mark.parametrize("warm_start", ["none", "critic", "both"])
 def test_stage_3_by_itself(tmp_path, given, learn, warm_start):
     more = {"run_dir": str(tmp_path), "device": "cpu", "learn": learn, "warm_start": warm_start}

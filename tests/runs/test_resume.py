@@ -40,13 +40,13 @@ def flags(tmp_path_factory):
     saves = {stage: f"--save-every {every}" for stage, every in EVERY.items()}
     source = f"--env-id {TOY[0]} --n-envs 1 --steps 1000 --train-every 8 --replay-size 300"
     target = f"--checkpoint {draw} --target-env-id {TOY[1]} --updates 300"
-    search = f"--checkpoint {draw} --dataset {folder}/data.npz --updates 200 --learn search"
+    lookahead = f"--checkpoint {draw} --dataset {folder}/data.npz --updates 200 --learn lookahead"
     return {
         "draw_pretrain": (draw_pretrain, [*PRETRAIN, source, saves["draw_pretrain"]]),
         "redraw_adapt": (redraw_adapt, [*ADAPT, target, saves["redraw_adapt"]]),
         "train_policy": (
             train_policy,
-            [*POLICY, search, "--restart 0.5 --decay", saves["train_policy"]],
+            [*POLICY, lookahead, "--restart 0.5 --decay", saves["train_policy"]],
         ),
     }
 

@@ -305,5 +305,5 @@ def test_no_update_waits_for_the_gpu():
         states = z.flatten(0, 1), sigma.flatten(0, 1), torch.ones(20, device="cuda")
         imagined = (ARGS, draw, Rectified(draw), policy, *states)
         draw_pretrain.reinforce(*imagined, lambda *now: draw.reward(now[-1]))
-        draw_pretrain.search(*imagined, lambda *now: draw.reward(now[-1]))
+        draw_pretrain.lookahead(*imagined, lambda *now: draw.reward(now[-1]))
     torch.cuda.set_sync_debug_mode("default")

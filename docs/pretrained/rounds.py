@@ -1,0 +1,76 @@
+"""Rounds that make a source model and its policy better, with the encoder as it is.
+
+    python docs/pretrained/rounds.py --model runs/reacher-1/model.pt --rounds 4 \\
+        --env-id redraw/ReacherEasy-v0 --out runs/reacher-1/better.pt
+
+A policy goes where the dynamics promise reward, and there they were hardly trained. So each round
+records what the policy does, lets f learn from all that was recorded (stage 2, --method finetune,
+in the source itself) and improves the policy in the result (stage 3). A finished step is not made
+again; an interrupted one goes on.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import tyro
+
+HERE = Path(__file__).resolve().parent
+STAGES = HERE.parents[1]
+
+
+def run(done, script, *flags):
+    """Runs a script unless `done`, a file that it writes, is there."""
+    if not done.exists():
+        subprocess.run([sys.executable, script, *map(str, flags)], check=True)
+
+
+def main(
+    model: Path,
+    env_id: str,
+    out: Path,
+    rounds: int = 4,
+    rows: int = 30_000,
+    updates: int = 4000,
+    policy_updates: int = 300,
+    gamma: float = 0.97,
+    seed: int = 1,
+):
+    """Writes the checkpoint `out`, and of each round a folder beside it.
+
+    Args:
+        model: draw.pt of stage 1, or a packed one
+        env_id: the source
+        out: the checkpoint to write; beside it are the rounds' folders
+        rounds: how many
+        rows: recorded in a round, and added to those of the rounds before
+        updates: of f in a round
+        policy_updates: of stage 3 in a round
+        gamma: of stage 3
+        seed: of all rounds; each adds its number
+    """
+    dataset = None
+    for number in range(1, rounds + 1):
+        folder = out.parent / f"{out.stem}-round-{number}"
+        further, policy = folder / "f", folder / "policy"
+        packed = folder / "model.pt"
+        common = ("--seed", seed + number, "--resume")
+        flags = ["laptop", "--checkpoint", model, "--run-dir", further, *common]
+        flags += ["--method", "finetune", "--finetune-lr", 8e-4, "--updates", updates]
+        flags += ["--target-env-id", env_id, "--collect-steps", rows, "--collect-policy"]
+        flags += ["zero-shot", "--collect-noise", 0.3, "--hold", 6, "--episode-steps", 150]
+        flags += ["--dataset", dataset] if dataset else []
+        run(further / "result.json", STAGES / "redraw_adapt.py", *flags)
+        dataset = further / "dataset.npz"
+        flags = ["laptop", "--checkpoint", further / "best.pt", "--dataset", dataset, *common]
+        flags += ["--run-dir", policy, "--warm-start", "both", "--updates", policy_updates]
+        flags += ["--gamma", gamma, "--starts", 96, "--states", 384, "--eval-env-ids", env_id]
+        run(policy / "eval.json", STAGES / "train_policy.py", *flags)
+        made_of = ["--draw", model, "--finetuned", further / "best.pt", "--policy", policy]
+        run(packed, HERE / "pack.py", *made_of, "--out", packed)
+        model = packed
+    run(out, HERE / "pack.py", "--draw", model, "--out", out)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
