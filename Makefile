@@ -64,6 +64,8 @@ LARGER = --image-size 64 --S 96 --units 256 --image-scale 100 --vector-scale 300
 	--lr 2e-3 --warmup 300 --soft-updates 1000 --steps 66000 --prefill 24000 --starts 256 \
 	--policy-every 4 --explore-every 8 --parallel-envs $(MOTION_$(PAIR))
 SIZES = $(if $(filter pendulum,$(PAIR)),,$(LARGER))
+# The value of a state hardly changes with the dynamics, so the source's critic is a good start.
+LATER = $(if $(filter pendulum,$(PAIR)),,--gamma 0.97 --warm-start critic)
 COMMON = --seed $(SEED) --resume
 MODEL ?= docs/pretrained/$(PAIR).pt
 demo: pair .venv/installed
@@ -99,7 +101,7 @@ $(RUNS)/expert.npz: | .venv/installed
 $(RUNS)/adapted-policy/done: $(EXPERT) | .venv/installed
 	$(PY) redraw_adapt.py laptop --checkpoint $(MODEL) --target-env-id $(TARGET) $(COMMON) \
 		--run-dir $(RUNS)/adapted $(if $(EXPERT),--dataset $(EXPERT) --collect-steps 16000) $(STAGE2)
-	$(PY) train_policy.py laptop $(STAGE3) --checkpoint $(RUNS)/adapted/best.pt $(COMMON) \
+	$(PY) train_policy.py laptop $(LATER) $(STAGE3) --checkpoint $(RUNS)/adapted/best.pt $(COMMON) \
 		--dataset $(RUNS)/adapted/dataset.npz --eval-env-ids $(TARGET) --run-dir $(RUNS)/adapted-policy
 	@touch $@
 # ---- The same on the Duckiebot simulator; the loop that drives a robot records the target's data ---

@@ -20,9 +20,12 @@ STAGES = HERE.parents[1]
 
 
 def run(done, script, *flags):
-    """Runs a script unless `done`, a file that it writes, is there."""
+    """Runs a script unless `done`, a file that it writes, is there; ends if it fails."""
+    status = 0
     if not done.exists():
-        subprocess.run([sys.executable, script, *map(str, flags)], check=True)
+        status = subprocess.call([sys.executable, script, *map(str, flags)])
+    if status:
+        sys.exit(status)  # the script has said why
 
 
 def main(
@@ -30,7 +33,7 @@ def main(
     env_id: str,
     out: Path,
     rounds: int = 4,
-    rows: int = 30_000,
+    rows: int = 60_000,
     updates: int = 4000,
     policy_updates: int = 300,
     gamma: float = 0.97,
@@ -58,7 +61,7 @@ def main(
         flags = ["laptop", "--checkpoint", model, "--run-dir", further, *common]
         flags += ["--method", "finetune", "--finetune-lr", 8e-4, "--updates", updates]
         flags += ["--target-env-id", env_id, "--collect-steps", rows, "--collect-policy"]
-        flags += ["zero-shot", "--collect-noise", 0.3, "--hold", 6, "--episode-steps", 150]
+        flags += ["zero-shot", "--collect-noise", 0.3, "--hold", 6, "--episode-steps", 50]
         flags += ["--dataset", dataset] if dataset else []
         run(further / "result.json", STAGES / "redraw_adapt.py", *flags)
         dataset = further / "dataset.npz"

@@ -217,6 +217,33 @@ def test_a_packed_model_is_evaluated_as_it_is(files, tmp_path):
         assert torch.allclose(weight, after[name], rtol=1e-3, atol=1e-4), name
 
 
+def test_a_round_lets_f_and_the_policy_learn_on(monkeypatch, files, tmp_path):
+    """docs/pretrained/rounds.py, one round: f and the initial state change, the encoder does not,
+    and the policy is another one. What is finished is not made again."""
+    rounds = runpy.run_path(str(ROOT / "docs/pretrained/rounds.py"))["main"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests/support"))  # where the toy is
+    out = tmp_path / "better.pt"
+    small = {"rounds": 1, "rows": 600, "updates": 30, "policy_updates": 2}
+    rounds(files / "draw.pt", TOY[0], out, **small)
+    before, after = (load_checkpoint(f, ("draw_pretrain",)) for f in (files / "draw.pt", out))
+    for name, weight in before["draw"].items():
+        learns = name.startswith("dynamics_net.") and weight.dim() == 2 or name == "initial_logits"
+        same = torch.equal(weight.half(), after["draw"][name])
+        if learns or not name.startswith("dynamics_net."):  # half precision may hide a bias's step
+            assert same != learns, name
+    for part in ("task_actor", "task_critic"):
+        assert any((w.half() != after[part][k]).any() for k, w in before[part].items())
+    result = tmp_path / "better-round-1/f/result.json"
+    written = result.stat().st_mtime_ns
+    rounds(files / "draw.pt", TOY[0], out, **small)
+    assert result.stat().st_mtime_ns == written
+    pack = runpy.run_path(str(ROOT / "docs/pretrained/pack.py"))["main"]
+    given = f"--checkpoint {files}/draw.pt --dataset {files}/data.npz --method none"
+    call(redraw_adapt, *ADAPT, f"{given} --run-dir {tmp_path}/none")
+    with user_error("finetune"):
+        pack(files / "draw.pt", out, finetuned=tmp_path / "none/best.pt")
+
+
 def test_recording_adds_to_a_dataset(files, tmp_path):
     """In rounds: what was recorded before comes first, and --resume does not record again."""
     given = f"--checkpoint {files}/draw.pt --target-env-id {TOY[1]} --updates 1"
