@@ -3,7 +3,7 @@
 Notation, here and in every stage (shape comments use the same letters):
 
     B batch of sequences, in imagination of trajectories     T time in a replayed sequence
-    H imagination horizon   M candidates of search   N rows of a dataset
+    H imagination horizon   M candidates of lookahead   N rows of a dataset
     S categorical variables in the latent     K classes of each       Z = S*K, flat latent size
     A action size   V vector-observation size   E embedding size   C image channels, L its side
     x_t observation   a_t action taken AT x_t

@@ -140,9 +140,9 @@ class Args:
     restart: float = 1.0  # share of trajectories that start anew; others go on from the last update
     # reinforce is the paper's; lookahead: in imagined states several actions are compared.
     learn: Literal["reinforce", "lookahead"] = "reinforce"
-    states: int = 256  # lookahead: imagined states an update in which actions are compared
+    states: int = 256  # lookahead: states an update in which actions are compared; more: slower
     candidates: int = 12  # lookahead: actions compared in each; more: better teachers, slower
-    ahead: int = 2  # lookahead: steps until the critic judges them
+    ahead: int = 2  # lookahead: steps until the critic judges; larger: rests more on the model
     lesson_steps: int = 6  # lookahead: gradient steps an update, from the last 20 updates' lessons
     least_reward: float = 0.0  # predicted rewards nearer to 0 count as 0: their sum can mislead
     ensemble: int = 8  # members
@@ -405,14 +405,16 @@ def lookahead(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     """Compares actions in imagined states; actor and critic learn from the comparison.
 
     Half of the trajectories follow the actor's mean mu; the others add noise, of deviation up to
-    0.6, that lasts 4 steps on average. In some of their states `candidates` actions are tried.
-    Candidate 0 is mu, the next ones mu + o with o of deviation up to 1, the last three uniform.
-    Afterwards they follow the actor's mean plus o / 2, o / 4, ...
+    0.6, that lasts 4 steps on average. In some of their states M = `candidates` actions are tried.
+    Candidate 0 is mu. The next ones are mu + o, with o of deviation up to (M - 4) / (M - 1). The
+    last three are uniform, o = a - mu. The steps after that follow the actor's mean plus o / 2,
+    o / 4, ... The slow critic follows the critic by 5 % in each gradient step.
 
         Q_k  = r_1 + gamma c_1 r_2 + ... + gamma^n c_1 .. c_n v_n of the slow critic,   n = ahead
         p_k  = softmax over k of Q_k / (0.3 d + 0.03 return_floor),   d: deviation of Q over k
         a    = sum_k p_k a_k
-        w    = (sum_k p_k Q_k - Q_0) / (0.5 d + 0.03 return_floor), cut to 0 .. 1
+        w    = (sum_k p_k Q_k - Q_0) / (0.5 d + 0.03 return_floor), cut to 0 .. 1; 0 in a state that
+               is probably not reached, because the episode ends before
         R    = the lambda-return on a trajectory without noise, Q_0 on another
 
     Args: as of `reinforce`.
@@ -438,7 +440,9 @@ def lookahead(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     mu = policy.actor(z).mean[:, None]  # (n, 1, A)
     deviation = torch.linspace(0.0, 1.0, M, device=z.device)[:, None]
     o = deviation * torch.randn(n, M, A, device=z.device)
+    # Far ones too, or the actor might never leave a wrong extreme.
     o[:, -3:] = 2.0 * torch.rand(n, 3, A, device=z.device) - 1.0 - mu
+    # An action tried for one step alone changes less than the critic's error.
     halves = 0.5 ** torch.arange(args.ahead, device=z.device)
     each = (z, sigmas[:-1].flatten(0, 1)[pick], alive.repeat(H)[pick])
     each = [x.repeat_interleave(M, 0) for x in each]  # (n M, ...)
@@ -451,7 +455,9 @@ def lookahead(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     p = ((Q - Q.amax(1, keepdim=True)) / (0.3 * d + near)[:, None]).softmax(1)
     a = (p[..., None] * actions[0].view(n, M, A)).sum(1)
     better = (p * Q).sum(1) - Q[:, 0]
-    w = (better / (0.5 * d + near)).clamp(0.0, 1.0)
+    reached = torch.cat([alive[None], cont[:-1]]).cumprod(0) > 0.5  # (H, B)
+    w = (better / (0.5 * d + near)).clamp(0.0, 1.0) * reached.flatten()[pick]
+    # Noise on the way would lower the value of a state, so there only the mean's own steps count.
     R = torch.where(pick % B < quiet, returns.flatten()[pick], Q[:, 0])
     metrics |= {"lead": better.mean(), "weight": w.mean()}
     return {"z": z, "a": a, "R": R, "w": w}, metrics, ends

@@ -109,9 +109,7 @@ class Args:
     updates: int = 3_000_000
     batch: int = 16  # B, sequences an update
     length: int = 64  # T, steps of a sequence; longer: beliefs that have run for longer
-    soft: float = (
-        0.0  # share of sequences with z = q, no samples: --learn lookahead of stage 3 has it
-    )
+    soft: float = 0.0  # share of sequences whose z is q itself, as lookahead of stage 3 imagines
     l2: float = 0.0  # of `residual`: weight of e's mean square; larger: nearer to the source
     ema_decay: float = 0.0  # what is saved averages some 1 / (1 - ema_decay) last updates
 

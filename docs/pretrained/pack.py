@@ -9,6 +9,7 @@ The result is a draw.pt whose task actor and critic are those of stage 3, in hal
 `train_policy.py --updates 0 --warm-start both` evaluates it.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -41,10 +42,18 @@ def main(draw: Path, out: Path, policy: Path | None = None, finetuned: Path | No
         further = load_checkpoint(finetuned, ("redraw_adapt",))
         if further["rectified_options"]["method"] != "finetune":
             raise UserError(f"{finetuned} is not of --method finetune")
+        if further["sizes"] != checkpoint["sizes"]:
+            raise UserError(f"{finetuned} has other sizes than {draw}")
         checkpoint["draw"] = further["draw"]
+        if checkpoint.get("source_range"):
+            # Its own KL, which stage 2 compares a target's with.
+            figures = json.loads((finetuned.parent / "result.json").read_text())
+            checkpoint["source_range"]["kl"] = figures["KL held-out"]["rectified"]
     if policy is not None:
         # The actor that acts, and the critic, which only the last save holds.
-        acts = load_checkpoint(policy / "policy.pt", ("train_policy",))["policy"]
+        deployed = load_checkpoint(policy / "policy.pt", ("train_policy",))
+        acts = deployed["policy"]
+        checkpoint["args"]["learn"] = deployed["args"]["learn"]  # says whether it acts by its mean
         trained = load_checkpoint(policy / "state.pt", ("state",))["policy"]
         for part, found in (("actor", acts), ("critic", trained)):
             prefix = f"{part}."

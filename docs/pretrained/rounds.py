@@ -1,4 +1,4 @@
-"""Rounds that make a source model and its policy better, with the encoder as it is.
+"""Rounds that are meant to make a source model and its policy better, with the encoder as it is.
 
     python docs/pretrained/rounds.py --model runs/reacher-1/model.pt --rounds 4 \\
         --env-id redraw/ReacherEasy-v0 --out runs/reacher-1/better.pt
@@ -6,9 +6,11 @@
 A policy goes where the dynamics promise reward, and there they were hardly trained. So each round
 records what the policy does, lets f learn from all that was recorded (stage 2, --method finetune,
 in the source itself) and improves the policy in the result (stage 3). A finished step is not made
-again; an interrupted one goes on.
+again, also if other flags are given now; an interrupted one goes on. Look at each round's
+policy/eval.json: a round may also make the policy worse.
 """
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +23,15 @@ STAGES = HERE.parents[1]
 
 def run(done, script, *flags):
     """Runs a script unless `done`, a file that it writes, is there; ends if it fails."""
-    status = 0
-    if not done.exists():
-        status = subprocess.call([sys.executable, script, *map(str, flags)])
+    if done.exists():
+        return
+    process = subprocess.Popen([sys.executable, script, *map(str, flags)])
+    status = None
+    while status is None:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            continue  # the stage got it too, and saves first
     if status:
         sys.exit(status)  # the script has said why
 
@@ -72,7 +80,10 @@ def main(
         made_of = ["--draw", model, "--finetuned", further / "best.pt", "--policy", policy]
         run(packed, HERE / "pack.py", *made_of, "--out", packed)
         model = packed
-    run(out, HERE / "pack.py", "--draw", model, "--out", out)
+    part = out.with_name(out.name + ".part")
+    shutil.copyfile(model, part)
+    part.replace(out)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

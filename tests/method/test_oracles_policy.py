@@ -254,13 +254,14 @@ def test_updates_of_stage_3(monkeypatch, tmp_path, noise, method):
     assert cut == [(group, 100.0) for group in groups] * 2
 
 
-@pytest.mark.parametrize("ends_now", [None, 1])
-def test_lookahead(noise, ends_now):
+@pytest.mark.parametrize("ends_now, floor, ahead", [(None, 0.01, 3), (1, 1.0, 2)])
+def test_lookahead(noise, ends_now, floor, ahead):
     """The comparison of actions in each state, against single steps without samples; start 1 may
     be terminal."""
-    B, M, H, ahead, n = 3, 6, HYPER["horizon"], 2, 5
-    args = args_of(train_policy, candidates=M, states=n, ahead=ahead, return_floor=0.01)
+    B, M, H, n = 3, 6, HYPER["horizon"], 5
+    args = args_of(train_policy, candidates=M, states=n, ahead=ahead, return_floor=floor)
     draw, policy = shaken_draw(), shaken_policy()
+    draw.continue_head[-1].bias += 3.0  # above 0.5 in two steps
     rectified = shaken(Rectified(draw, "residual", hidden=8)).requires_grad_(False)
     z, sigma, _ = random_states(B)
     z = sigma.roll(1, 0)  # probabilities
@@ -323,21 +324,43 @@ def test_lookahead(noise, ends_now):
                 R = reward + discount * R
             Q.append(R)
         Q = np.array(Q)
-        p = np.exp((Q - Q.max()) / (0.3 * Q.std(ddof=1) + 0.0003))
+        p = np.exp((Q - Q.max()) / (0.3 * Q.std(ddof=1) + 0.03 * floor))
         p /= p.sum()
         better = (p * Q).sum() - Q[0]
-        w = np.clip(better / (0.5 * Q.std(ddof=1) + 0.0003), 0.0, 1.0)
+        w = np.clip(better / (0.5 * Q.std(ddof=1) + 0.03 * floor), 0.0, 1.0)
         R = slow(places[-1][0])
         for i in reversed(range(t, H)):
             reward, discount = steps[i]
             R = reward + discount * (0.3 * slow(places[i + 1][0]) + 0.7 * R)
         close(lessons["z"][row], place)
         close(lessons["a"][row], p @ (mu + o).clip(-1, 1), rtol=1e-2, atol=1e-3)
-        close(lessons["w"][row], w, rtol=1e-2, atol=1e-2)
+        close(lessons["w"][row], w, rtol=1e-2, atol=1e-3)
         close(lessons["R"][row], R if b < 2 else Q[0], rtol=1e-3, atol=1e-4)
     rows = [row for row, at in enumerate(pick) if at % B == ends_now]
     assert ends_now is None or (rows and not lessons["w"][rows].any())
     assert len(lessons["R"]) == n and metrics["weight"] > 0
+    assert ends[2].tolist() == [b != ends_now for b in range(B)]
+
+
+def test_lookahead_teaches_no_state_behind_an_end():
+    """The episode ends in the first step, so of each trajectory only the start counts."""
+    args = args_of(train_policy, states=100, return_floor=0.01)  # more than there are
+    draw, policy = shaken_draw(), shaken_policy()
+    draw.cont = lambda z: torch.full(z.shape[:-2], 0.3)
+    z, sigma, _ = random_states(8)
+    lessons, _, ends = train_policy.lookahead(
+        args,
+        draw,
+        Rectified(draw),
+        policy,
+        z,
+        sigma,
+        torch.ones(8),
+        lambda *now: draw.reward(now[-1]),
+    )
+    starts = (lessons["z"][:, None] == z).flatten(2).all(-1).any(1)
+    assert len(starts) == 8 * HYPER["horizon"] and starts.sum() == 8
+    assert lessons["w"][starts].any() and not lessons["w"][~starts].any() and not ends[2].any()
 
 
 def test_lesson_loss():

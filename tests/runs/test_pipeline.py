@@ -16,7 +16,14 @@ from stages import ADAPT, POLICY, PRETRAIN, ROOT, SCRIPTS, TOY, call, metric, ru
 import draw_pretrain
 import redraw_adapt
 import train_policy
-from common import Sizes, load_checkpoint, load_dataset, load_policy, save_dataset
+from common import (
+    Sizes,
+    load_checkpoint,
+    load_dataset,
+    load_policy,
+    save_checkpoint,
+    save_dataset,
+)
 
 PENDULUM = "redraw/PendulumSwingup-v0", "redraw/PendulumSwingupReversed-v0"
 MODULES = {
@@ -218,14 +225,18 @@ def test_a_packed_model_is_evaluated_as_it_is(files, tmp_path):
 
 
 def test_a_round_lets_f_and_the_policy_learn_on(monkeypatch, files, tmp_path):
-    """docs/pretrained/rounds.py, one round: f and the initial state change, the encoder does not,
-    and the policy is another one. What is finished is not made again."""
+    """docs/pretrained/rounds.py: f and the initial state change, the encoder does not, and the
+    policy is another one. What is finished is not made again; the next round goes on from there."""
     rounds = runpy.run_path(str(ROOT / "docs/pretrained/rounds.py"))["main"]
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests/support"))  # where the toy is
-    out = tmp_path / "better.pt"
+    source, out = tmp_path / "source.pt", tmp_path / "better.pt"
+    contents = load_checkpoint(files / "draw.pt", ("draw_pretrain",))
+    names = ("image error", "vector error", "posterior entropy")
+    contents["source_range"] = {"kl": 99.0} | {name: [0.0, 1.0, 2.0] for name in names}
+    save_checkpoint(source, **contents)
     small = {"rounds": 1, "rows": 600, "updates": 30, "policy_updates": 2}
-    rounds(files / "draw.pt", TOY[0], out, **small)
-    before, after = (load_checkpoint(f, ("draw_pretrain",)) for f in (files / "draw.pt", out))
+    rounds(source, TOY[0], out, **small)
+    before, after = (load_checkpoint(f, ("draw_pretrain",)) for f in (source, out))
     for name, weight in before["draw"].items():
         learns = name.startswith("dynamics_net.") and weight.dim() == 2 or name == "initial_logits"
         same = torch.equal(weight.half(), after["draw"][name])
@@ -233,10 +244,18 @@ def test_a_round_lets_f_and_the_policy_learn_on(monkeypatch, files, tmp_path):
             assert same != learns, name
     for part in ("task_actor", "task_critic"):
         assert any((w.half() != after[part][k]).any() for k, w in before[part].items())
-    result = tmp_path / "better-round-1/f/result.json"
-    written = result.stat().st_mtime_ns
-    rounds(files / "draw.pt", TOY[0], out, **small)
-    assert result.stat().st_mtime_ns == written
+    first = tmp_path / "better-round-1/f"
+    kl = json.loads((first / "result.json").read_text())["KL held-out"]["rectified"]
+    assert after["source_range"]["kl"] == kl
+    written = (first / "result.json").stat().st_mtime_ns
+    rounds(source, TOY[0], out, **(small | {"rounds": 2}))
+    assert (first / "result.json").stat().st_mtime_ns == written
+    second = tmp_path / "better-round-2/f"
+    rows = [np.load(folder / "dataset.npz")["action"] for folder in (first, second)]
+    assert len(rows[1]) == 2 * len(rows[0]) and (rows[1][: len(rows[0])] == rows[0]).all()
+    began = json.loads((second / "args.json").read_text())["checkpoint"]
+    assert began == str(tmp_path / "better-round-1/model.pt")
+    assert out.read_bytes() == (tmp_path / "better-round-2/model.pt").read_bytes()
     pack = runpy.run_path(str(ROOT / "docs/pretrained/pack.py"))["main"]
     given = f"--checkpoint {files}/draw.pt --dataset {files}/data.npz --method none"
     call(redraw_adapt, *ADAPT, f"{given} --run-dir {tmp_path}/none")
