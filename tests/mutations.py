@@ -364,6 +364,15 @@ candidate 0 is noisy too
 no action is better than the actor's, and it is taught all the same
 -w = (better / (0.5 * d + near)).clamp(0.0, 1.0)
 +w = torch.ones_like(better)
+lessons behind an end
+- * reached.flatten()[pick]
++
+returns of noisy trajectories
+-torch.where(pick % B < quiet, returns.flatten()[pick], Q[:, 0])
++returns.flatten()[pick]
+what is tried lasts undiminished
+-halves = 0.5 **
++halves = 1.0 **
 the critic's value at the end of a rollout
 -value = twohot_mean(policy.slow_critic(zs))
 +value = twohot_mean(policy.critic(zs))
