@@ -266,9 +266,9 @@ def rollout(args, draw, dynamics, policy, z, sigma, alive, reward_of, noise, lam
     Returns: zs and sigmas (H+1, B, S, K), actions (H, B, A), reward, continue and R_t (H, B).
     """
     zs, sigmas, actions = imagine(policy.actor, dynamics, z, sigma, len(noise), noise)
-    reward = alive * reward_of(zs[:-1], sigmas[:-1], actions, zs[1:])
-    cont = draw.cont(zs[1:])
-    value = twohot_mean(policy.slow_critic(zs))
+    reward = alive * reward_of(zs[:-1], sigmas[:-1], actions, zs[1:])  # (H, B)
+    cont = draw.cont(zs[1:])  # (H, B)
+    value = twohot_mean(policy.slow_critic(zs))  # (H+1, B)
     returns = lambda_returns(reward, alive * args.gamma * cont, value, lam)
     return zs, sigmas, actions, reward, cont, returns
 
@@ -293,7 +293,10 @@ def lookahead(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     Args: as of `reinforce`.
     Returns: lessons z, a, R, w, (states, ...); metrics; ends, as of `reinforce`.
     """
-    B, M, H, A = len(z), args.candidates, args.horizon, draw.sizes.action_size
+    B = len(z)
+    M = args.candidates
+    H = args.horizon
+    A = draw.sizes.action_size
     given = (args, draw, dynamics, policy)
     noise = torch.randn(H, B, A, device=z.device)
     for t in range(1, H):
@@ -319,14 +322,14 @@ def lookahead(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     halves = 0.5 ** torch.arange(args.ahead, device=z.device)
     each = (z, sigmas[:-1].flatten(0, 1)[pick], alive.repeat(H)[pick])
     each = [x.repeat_interleave(M, 0) for x in each]  # (n M, ...)
-    noise = halves[:, None, None] * o.flatten(0, 1)  # (ahead, n M, A)
-    _, _, actions, _, _, Q = rollout(*given, *each, reward_of, noise, lam=1.0)
+    offsets = halves[:, None, None] * o.flatten(0, 1)  # (ahead, n M, A)
+    _, _, actions, _, _, tried = rollout(*given, *each, reward_of, offsets, lam=1.0)
 
-    Q = Q[0].view(n, M)
-    d = Q.std(1)
+    Q = tried[0].view(n, M)
+    d = Q.std(1)  # (n,)
     near = 0.03 * args.return_floor  # differences smaller than this do not count
     p = ((Q - Q.amax(1, keepdim=True)) / (0.3 * d + near)[:, None]).softmax(1)
-    a = (p[..., None] * actions[0].view(n, M, A)).sum(1)
+    a = (p[..., None] * actions[0].view(n, M, A)).sum(1)  # (n, A)
     better = (p * Q).sum(1) - Q[:, 0]
     reached = torch.cat([alive[None], cont[:-1]]).cumprod(0) > 0.5  # (H, B)
     w = (better / (0.5 * d + near)).clamp(0.0, 1.0) * reached.flatten()[pick]

@@ -18,7 +18,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import UserError, load_checkpoint, save_checkpoint  # noqa: E402
+from common import UserError, explained, load_checkpoint, save_checkpoint  # noqa: E402
 
 
 def half(weights):
@@ -47,8 +47,10 @@ def main(draw: Path, out: Path, policy: Path | None = None, finetuned: Path | No
         checkpoint["draw"] = further["draw"]
         if checkpoint.get("source_range"):
             # Its own KL, which stage 2 compares a target's with.
-            figures = json.loads((finetuned.parent / "result.json").read_text())
-            checkpoint["source_range"]["kl"] = figures["KL held-out"]["rectified"]
+            result = finetuned.parent / "result.json"
+            with explained(f"{result} is missing or damaged; it is written beside best.pt"):
+                kl = json.loads(result.read_text())["KL held-out"]["rectified"]
+            checkpoint["source_range"]["kl"] = kl
     if policy is not None:
         # The actor that acts, and the critic, which only the last save holds.
         deployed = load_checkpoint(policy / "policy.pt", ("train_policy",))
