@@ -400,6 +400,17 @@ def rollout(args, draw, dynamics, policy, z, sigma, alive, reward_of, noise, lam
     return zs, sigmas, actions, reward, cont, returns
 
 
+def lasting_noise(horizon, batch, actions, device):
+    """Noise (H, B, A) that lasts 4 steps on average. The first half of the batch has none, in the
+    second half its deviation rises to 0.6."""
+    noise = torch.randn(horizon, batch, actions, device=device)
+    for t in range(1, horizon):
+        lasts = torch.rand(batch, 1, device=device) >= 1 / 4
+        noise[t] = torch.where(lasts, noise[t - 1], noise[t])
+    deviation = torch.linspace(-0.6, 0.6, batch, device=device).clamp(min=0.0)
+    return deviation[:, None] * noise
+
+
 @torch.no_grad()
 def lookahead(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     """Compares actions in imagined states; actor and critic learn from the comparison.
@@ -407,8 +418,8 @@ def lookahead(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     Half of the trajectories follow the actor's mean mu; the others add noise, of deviation up to
     0.6, that lasts 4 steps on average. In some of their states M = `candidates` actions are tried.
     Candidate 0 is mu. The next ones are mu + o, with o of deviation up to (M - 4) / (M - 1). The
-    last three are uniform, o = a - mu. The steps after that follow the actor's mean plus o / 2,
-    o / 4, ... The slow critic follows the critic by 5 % in each gradient step.
+    last three are uniform, o = a - mu. The steps after that follow the actor's mean plus an offset
+    that fades from o to o / 2. The slow critic follows the critic by 5 % in each gradient step.
 
         Q_k  = r_1 + gamma c_1 r_2 + ... + gamma^n c_1 .. c_n v_n of the slow critic,   n = ahead
         p_k  = softmax over k of Q_k / (0.3 d + 0.03 return_floor),   d: deviation of Q over k
@@ -425,11 +436,7 @@ def lookahead(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     H = args.horizon
     A = draw.sizes.action_size
     given = (args, draw, dynamics, policy)
-    noise = torch.randn(H, B, A, device=z.device)
-    for t in range(1, H):
-        lasts = torch.rand(B, 1, device=z.device) >= 1 / 4
-        noise[t] = torch.where(lasts, noise[t - 1], noise[t])
-    noise *= torch.linspace(-0.6, 0.6, B, device=z.device).clamp(min=0.0)[:, None]
+    noise = lasting_noise(H, B, A, z.device)
     quiet = (B + 1) // 2  # the first so many are without noise
     zs, sigmas, _, reward, cont, returns = rollout(
         *given, z, sigma, alive, reward_of, noise, args.lam
@@ -446,10 +453,10 @@ def lookahead(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     # Far ones too, or the actor might never leave a wrong extreme.
     o[:, -3:] = 2.0 * torch.rand(n, 3, A, device=z.device) - 1.0 - mu
     # An action tried for one step alone changes less than the critic's error.
-    halves = 0.5 ** torch.arange(args.ahead, device=z.device)
+    fade = 0.5 ** (torch.arange(args.ahead, device=z.device) / max(args.ahead - 1, 1))
     each = (z, sigmas[:-1].flatten(0, 1)[pick], alive.repeat(H)[pick])
     each = [x.repeat_interleave(M, 0) for x in each]  # (n M, ...)
-    offsets = halves[:, None, None] * o.flatten(0, 1)  # (ahead, n M, A)
+    offsets = fade[:, None, None] * o.flatten(0, 1)  # (ahead, n M, A)
     _, _, actions, _, _, tried = rollout(*given, *each, reward_of, offsets, lam=1.0)
 
     Q = tried[0].view(n, M)

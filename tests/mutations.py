@@ -371,8 +371,8 @@ returns of noisy trajectories
 -torch.where(pick % B < quiet, returns.flatten()[pick], Q[:, 0])
 +returns.flatten()[pick]
 what is tried lasts undiminished
--halves = 0.5 **
-+halves = 1.0 **
+-fade = 0.5 **
++fade = 1.0 **
 the critic's value at the end of a rollout
 -value = twohot_mean(policy.slow_critic(zs))
 +value = twohot_mean(policy.critic(zs))

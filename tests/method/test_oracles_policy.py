@@ -82,7 +82,8 @@ def nets_of(policy):
 
 
 def test_both_stages_hold_the_same_text():
-    names = "imagine lambda_returns actor_loss critic_loss reinforce rollout lookahead lesson_loss"
+    names = "imagine lambda_returns actor_loss critic_loss reinforce rollout lasting_noise"
+    names += " lookahead lesson_loss"
     for name in (*names.split(), "improve", "continued", "policy_adam"):
         one, three = (inspect.getsource(getattr(m, name)) for m in (draw_pretrain, train_policy))
         assert one == three, name
@@ -317,7 +318,7 @@ def test_lookahead(noise, ends_now, floor, ahead):
         o[-3:] = uniform[row] - mu
         Q = []
         for k in range(M):
-            noises = [o[k] / 2**i for i in range(ahead)]
+            noises = [o[k] * 0.5 ** (i / (ahead - 1)) for i in range(ahead)]
             after, paid = follow(place, belief, alive[b].item(), noises)
             R = slow(after[-1][0])
             for reward, discount in reversed(paid):
