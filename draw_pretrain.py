@@ -655,11 +655,8 @@ def check(args):
     """Raises UserError for a flag that makes no sense."""
     rows = args.n_envs * args.length  # from here on a sequence can be drawn
     ranges = (
-        (
-            1,
-            10**9,
-            "steps episode_steps image_size log_every save_every policy_every explore_every",
-        ),
+        (1, 10**9, "steps episode_steps image_size log_every save_every"),
+        (1, 10**9, "policy_every explore_every"),
         (1, 1000, "n_envs"),
         (1, 65536, "batch horizon S cnn_depth units actor_units vector_units vector_layers"),
         (2, 65536, "length ensemble K"),  # a variable of one class says nothing

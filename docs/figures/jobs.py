@@ -60,8 +60,8 @@ def adapt(folder, checkpoint, *flags):
 
 
 def train(folder, checkpoint, dataset, env_id, *flags):
-    """Stage 3 with the laptop preset into `folder`, evaluated in `env_id`; 300 updates, as in the
-    figures that were made before the preset's became 600."""
+    """Stage 3 with the laptop preset into `folder`, evaluated in `env_id`; 300 updates, half of the
+    preset's, because a figure has dozens of these runs."""
     command = ["train_policy.py", "laptop", "--checkpoint", checkpoint, "--dataset", dataset]
     command += ["--run-dir", folder, "--eval-env-ids", env_id, "--resume", "--updates", 300]
     return Stage([*command, *flags], Path(folder) / "done")
