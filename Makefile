@@ -1,5 +1,5 @@
 ## make demo          stages 2 and 3 in the shipped world model, a table and a film; SEED=1,
-##                    PAIR=pendulum, reacher (solved in three of four episodes), or cup (not solved)
+##                    PAIR=pendulum, reacher (solved in seven of ten episodes), or cup (not solved)
 ## make scratch       all three stages from nothing; PAIR=pendulum|cup|finger|reacher
 ## make test          the tests, without those that drive a Duckiebot or need its simulator
 ## make lint, format  ruff: look at the form, or mend it
@@ -78,7 +78,7 @@ demo: pair .venv/installed
 pair:
 	$(if $(PAIR_$(PAIR)),,$(error PAIR must be pendulum, cup, finger or reacher, not '$(PAIR)'))
 scratch: pair .venv/installed
-	@echo "On two cores the pendulum takes 45 to 60 minutes, another pair some six hours (on a GPU the"
+	@echo "On two cores the pendulum takes some 45 minutes, another pair some six hours (on a GPU the"
 	@echo "first stage 8 minutes), and is not solved by then: docs/results.md"
 	@$(MAKE) --no-print-directory $(RUNS)/model.pt
 	@$(MAKE) --no-print-directory demo MODEL=$(RUNS)/model.pt

@@ -75,7 +75,7 @@ def main(
         dataset = further / "dataset.npz"
         flags = ["laptop", "--checkpoint", further / "best.pt", "--dataset", dataset, *common]
         flags += ["--run-dir", policy, "--warm-start", "both", "--updates", policy_updates]
-        flags += ["--gamma", gamma, "--starts", 96, "--states", 384, "--eval-env-ids", env_id]
+        flags += ["--gamma", gamma, "--ahead", 8, "--states", 160, "--eval-env-ids", env_id]
         run(policy / "eval.json", STAGES / "train_policy.py", *flags)
         made_of = ["--draw", model, "--finetuned", further / "best.pt", "--policy", policy]
         run(packed, HERE / "pack.py", *made_of, "--out", packed)
