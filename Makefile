@@ -64,8 +64,9 @@ LARGER = --image-size 64 --S 96 --units 256 --image-scale 100 --vector-scale 300
 	--lr 2e-3 --warmup 300 --soft-updates 1000 --steps 66000 --prefill 24000 --starts 256 \
 	--policy-every 4 --explore-every 8 --parallel-envs $(MOTION_$(PAIR))
 SIZES = $(if $(filter pendulum,$(PAIR)),,$(LARGER))
-# The reacher needs 20 steps, not 100, but lasting actions. In its target a change of rank 3 fits the
-# same rows better than a residual. The critic begins with the source's: values hardly change.
+# The reacher needs a shorter horizon (20 steps, not 100), and actions that are tried for longer. In
+# its target a change of rank 3 fits the same rows better than a residual; the critic begins with the
+# source's, because a state's value hardly changes with the dynamics.
 POLICY_reacher = --gamma 0.97 --ahead 8 --states 160
 TARGET2_reacher = --method lowrank --rank 3 --lr 5e-3 --updates 2500
 TARGET3_reacher = --warm-start critic --updates 800
@@ -95,7 +96,7 @@ $(RUNS)/source-policy/done: | .venv/installed
 		--eval-env-ids $(SOURCE) $(TARGET) --run-dir $(RUNS)/source-policy $(COMMON) \
 		> $(RUNS)/source-policy.log 2>&1 || { tail -n 1 $(RUNS)/source-policy.log >&2; exit 1; }
 	@touch $@
-# 2. and 3. the residual, from 40,000 rows of the target without rewards, and a policy in it. 24,000
+# 2. and 3. the correction, from 40,000 rows of the target without rewards, and a policy in it. 24,000
 # are of a disturbed expert, if there is one (the finger has none yet), the others of random actions.
 EXPERT = $(if $(filter finger,$(PAIR)),,$(RUNS)/expert.npz)
 $(RUNS)/expert.npz: | .venv/installed

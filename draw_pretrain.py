@@ -418,8 +418,8 @@ def lookahead(args, draw, dynamics, policy, z, sigma, alive, reward_of):
     Half of the trajectories follow the actor's mean mu; the others add noise, of deviation up to
     0.6, that lasts 4 steps on average. In some of their states M = `candidates` actions are tried.
     Candidate 0 is mu. The next ones are mu + o, with o of deviation up to (M - 4) / (M - 1). The
-    last three are uniform, o = a - mu. The steps after that follow the actor's mean plus an offset
-    that fades from o to o / 2. The slow critic follows the critic by 5 % in each gradient step.
+    last three are uniform, o = a - mu. Later steps follow the actor's mean plus an offset; over the
+    n steps it fades from o to o / 2. The slow critic follows the critic by 5 % a gradient step.
 
         Q_k  = r_1 + gamma c_1 r_2 + ... + gamma^n c_1 .. c_n v_n of the slow critic,   n = ahead
         p_k  = softmax over k of Q_k / (0.3 d + 0.03 return_floor),   d: deviation of Q over k

@@ -255,7 +255,7 @@ def test_updates_of_stage_3(monkeypatch, tmp_path, noise, method):
     assert cut == [(group, 100.0) for group in groups] * 2
 
 
-@pytest.mark.parametrize("ends_now, floor, ahead", [(None, 0.01, 3), (1, 1.0, 2)])
+@pytest.mark.parametrize("ends_now, floor, ahead", [(None, 0.01, 3), (1, 1.0, 2), (None, 0.1, 1)])
 def test_lookahead(noise, ends_now, floor, ahead):
     """The comparison of actions in each state, against single steps without samples; start 1 may
     be terminal."""
@@ -318,7 +318,7 @@ def test_lookahead(noise, ends_now, floor, ahead):
         o[-3:] = uniform[row] - mu
         Q = []
         for k in range(M):
-            noises = [o[k] * 0.5 ** (i / (ahead - 1)) for i in range(ahead)]
+            noises = [o[k] * 0.5 ** (i / max(ahead - 1, 1)) for i in range(ahead)]
             after, paid = follow(place, belief, alive[b].item(), noises)
             R = slow(after[-1][0])
             for reward, discount in reversed(paid):
