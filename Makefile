@@ -115,7 +115,8 @@ VARIANT ?= Reversed
 TOWN = runs/duckietown-$(SIZE)-$(SEED)
 T = $(TOWN)/$(VARIANT)
 TOWN1 = $(if $(filter full,$(SIZE)),,--steps 14000 --prefill 4000 --save-every 4000)
-TOWN23 = $(if $(filter full,$(SIZE)),,--updates 1000)
+TOWN2 = $(if $(filter full,$(SIZE)),,--updates 1000)
+TOWN3 = $(if $(filter full,$(SIZE)),,--updates 100)
 DRIVE = $(PY) deploy_duckiebot.py --seed $(SEED) --env-id redraw/Duckietown$(VARIANT)-v0
 duckietown: $(T)/policy/done
 	$(DRIVE) --checkpoint $(T)/policy/policy.pt --max-seconds 200
@@ -124,12 +125,12 @@ $(TOWN)/source/done: | .venv/duckietown
 	@touch $@
 $(T)/data/%.npz: | .venv/duckietown
 	@mkdir -p $(@D)
-	$(DRIVE) --drive $* --max-seconds 500 --image-size 32 --record $@
+	$(DRIVE) --drive $* $(if $(filter expert,$*),--disturbed) --max-seconds 500 --image-size 32 --record $@
 $(T)/adapted/done: $(TOWN)/source/done $(T)/data/random.npz $(T)/data/expert.npz
-	$(PY) redraw_adapt.py duckietown $(TOWN23) $(STAGE2) --checkpoint $(TOWN)/source/draw.pt --dataset $(T)/data \
+	$(PY) redraw_adapt.py duckietown $(TOWN2) $(STAGE2) --checkpoint $(TOWN)/source/draw.pt --dataset $(T)/data \
 		--run-dir $(T)/adapted $(COMMON)
 	@touch $@
 $(T)/policy/done: $(T)/adapted/done
-	$(PY) train_policy.py duckietown $(TOWN23) $(STAGE3) --checkpoint $(T)/adapted/best.pt --dataset $(T)/data \
+	$(PY) train_policy.py duckietown $(TOWN3) $(STAGE3) --checkpoint $(T)/adapted/best.pt --dataset $(T)/data \
 		--run-dir $(T)/policy $(COMMON)
 	@touch $@

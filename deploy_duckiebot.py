@@ -82,6 +82,7 @@ class Args:
     # simulator only
     drive: Literal["policy", "random", "keyboard", "joystick", "expert"] = "policy"
     checkpoint: str | None = None  # policy.pt of train_policy.py
+    disturbed: bool = False  # the expert at all speeds and swerving: its data hold more actions
     hold: float = 5.0  # mean number of steps that a random action stays; more: longer curves
     # The joystick's device: axis 1 drives, axis 0 turns, any button stops. A wireless one whose
     # battery dies may keep its last position, so stay near the robot.
@@ -279,6 +280,8 @@ def check_args(args):
         raise UserError("--video films the simulator; on a robot, --record keeps the pictures")
     if args.robot != "sim" and args.drive == "expert":
         raise UserError("--drive expert needs --robot sim: it reads the true place in the lane")
+    if args.disturbed and args.drive != "expert":
+        raise UserError("--disturbed is for --drive expert alone")
     if sys.platform == "win32" and not args.export:
         raise UserError("stage 4 drives from Linux and macOS; on Windows, use WSL")
     if args.record and not args.record.endswith(".npz"):
@@ -328,7 +331,12 @@ def make_driver(args, policy, robot):
     def steer(_):
         # rad/s: 30 per m off the lane's centre, 8 per rad off its direction; off the road it stands
         turn = (30 * robot.info["dist"] + 8 * robot.info["angle"]) / TURN
-        action = [1.0, np.clip(turn, -1, 1)] if np.isfinite(turn) else [0.0, 0.0]
+        speed = 1.0
+        if args.disturbed:
+            noise[:] = held_noise(noise, args.hold)
+            speed = 0.5 + 0.5 * noise[0, 0]
+            turn += 0.3 * noise[0, 1]
+        action = [speed, np.clip(turn, -1, 1)] if np.isfinite(turn) else [0.0, 0.0]
         return robot.env.unwrapped.sign * np.array(action)
 
     if args.drive == "joystick":

@@ -321,6 +321,7 @@ def test_mistakes_before_the_motors_are_armed(robot, drive, tmp_path):
         ({"port": 1}, "rosbridge"),
         ({"vehicle": "other"}, "--vehicle"),
         ({"drive": "expert"}, "sim"),
+        ({"disturbed": True}, "--disturbed"),
         ({"video": "x"}, "--video"),
         ({"drive": "joystick", "joystick": stick}, "joystick"),
         ({"max_speed": -1.0}, "max-speed"),

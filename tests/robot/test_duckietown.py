@@ -284,6 +284,22 @@ else:
         vectors = [env.step(action)[0]["vector"] for action in rows["action"][:50]]
         assert np.allclose(vectors, rows["vector"][1:51], atol=1e-3)
 
+    def test_disturbed_expert_shows_all_speeds_and_stays_on_the_road(tmp_path, capsys):
+        arguments = deploy.Args(
+            drive="expert",
+            disturbed=True,
+            env_id="redraw/DuckietownReversed-v0",
+            max_seconds=60.0,
+            record=str(tmp_path / "out.npz"),
+            image_size=16,
+        )
+        deploy.main(arguments)
+        assert "off the road 0.0%" in capsys.readouterr().out
+        sizes = Sizes(image_size=16, vector_size=2, action_size=2)
+        speed = load_dataset(tmp_path / "out.npz", sizes)["action"][:, 0]
+        # The target's actions are reversed. A quarter of the rows lies in each quarter, roughly.
+        assert np.histogram(speed, 4, (-1.0, 0.0))[0].min() > 0.1 * len(speed)
+
     def test_random_drives_are_put_back_on_the_road(tmp_path):
         deploy.main(
             deploy.Args(
