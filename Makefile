@@ -4,8 +4,8 @@
 ## make test          the tests, without those that drive a Duckiebot or need its simulator
 ## make lint, format  ruff: look at the form, or mend it
 ## make bench         how fast each stage is on this machine; BENCH=--real: a whole run too
-## make duckietown    the chain on the Duckiebot simulator, small; SIZE=full: with the presets,
-##                    VARIANT=Miscalibrated: another target than reversed actions
+## make duckietown    the same as demo on the Duckiebot simulator; VARIANT=Miscalibrated: another
+##                    target than reversed actions; SIZE=full: stage 1 too; SIZE=small: that, short
 ## make duckietown-install, test-duckiebot   the simulator alone; its tests and the drive's
 ## make clean         deletes .venv and runs
 ## All install what they need into .venv. STAGE1, STAGE2 and STAGE3 add flags to a stage, e.g.
@@ -19,7 +19,7 @@ PIP = .venv/bin/pip install --quiet --disable-pip-version-check
 PAIR ?= pendulum
 SEED ?= 1
 RUNS ?= runs/$(PAIR)-$(SEED)
-.PHONY: help demo pair scratch test lint format bench duckietown duckietown-install test-duckiebot clean
+.PHONY: help demo pair scratch test lint format bench duckietown size duckietown-install test-duckiebot clean
 # One thread for each training: two run side by side.
 demo scratch duckietown: export OMP_NUM_THREADS ?= 1
 .venv/installed: requirements.txt
@@ -109,28 +109,4 @@ $(RUNS)/adapted-policy/done: $(EXPERT) | .venv/installed
 		--checkpoint $(RUNS)/adapted/best.pt --dataset $(RUNS)/adapted/dataset.npz \
 		--eval-env-ids $(TARGET) --run-dir $(RUNS)/adapted-policy
 	@touch $@
-# ---- The same on the Duckiebot simulator; the loop that drives a robot records the target's data ---
-SIZE ?= small
-VARIANT ?= Reversed
-TOWN = runs/duckietown-$(SIZE)-$(SEED)
-T = $(TOWN)/$(VARIANT)
-TOWN1 = $(if $(filter full,$(SIZE)),,--steps 14000 --prefill 4000 --save-every 4000)
-TOWN2 = $(if $(filter full,$(SIZE)),,--updates 1000)
-TOWN3 = $(if $(filter full,$(SIZE)),,--updates 100)
-DRIVE = $(PY) deploy_duckiebot.py --seed $(SEED) --env-id redraw/Duckietown$(VARIANT)-v0
-duckietown: $(T)/policy/done
-	$(DRIVE) --checkpoint $(T)/policy/policy.pt --max-seconds 200
-$(TOWN)/source/done: | .venv/duckietown
-	$(PY) draw_pretrain.py duckietown $(TOWN1) $(STAGE1) --run-dir $(TOWN)/source $(COMMON)
-	@touch $@
-$(T)/data/%.npz: | .venv/duckietown
-	@mkdir -p $(@D)
-	$(DRIVE) --drive $* $(if $(filter expert,$*),--disturbed) --max-seconds 500 --image-size 32 --record $@
-$(T)/adapted/done: $(TOWN)/source/done $(T)/data/random.npz $(T)/data/expert.npz
-	$(PY) redraw_adapt.py duckietown $(TOWN2) $(STAGE2) --checkpoint $(TOWN)/source/draw.pt --dataset $(T)/data \
-		--run-dir $(T)/adapted $(COMMON)
-	@touch $@
-$(T)/policy/done: $(T)/adapted/done
-	$(PY) train_policy.py duckietown $(TOWN3) $(STAGE3) --checkpoint $(T)/adapted/best.pt --dataset $(T)/data \
-		--run-dir $(T)/policy $(COMMON)
-	@touch $@
+include docs/duckietown.mk

@@ -58,8 +58,8 @@ def picture(pair):
         ax.set(xticks=range(len(INPUTS)), xticklabels=INPUTS)
     draw_yardsticks(axes[0, 0], PAIRS[pair][1])
     axes[0, 0].set(title=pair, ylabel="return in the target")
-    axes[0, 0].legend(fontsize=8)
     axes[0, 1].set(ylabel="held-out KL, nats")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(HERE / "inputs.png", dpi=110)
 
 
