@@ -227,10 +227,12 @@ def world_model_loss(draw, data, args, soft):
     u = draw.observe(z, data["action"], data["is_first"])  # (B, T, S, K)
     log_p = unimix(u)  # (B, T, S, K), log p(z_t | z_{t-1}, sigma_{t-1}, a_{t-1})
 
-    # Reconstructions from z_t alone; reward and continue are those of arriving at x_t.
+    # Reconstructions from z_t alone; reward and continue are those of arriving at x_t. Nothing
+    # arrives at a first x_t: the reward of its row, 0, says nothing of the state.
     image_loss, vector_loss = draw.reconstruction_errors(z, data["image"], data["vector"])
     flat = z.flatten(-2)  # (B, T, Z)
     reward_loss = -twohot_log_prob(draw.reward_head(flat), data["reward"])  # (B, T)
+    reward_loss = reward_loss * ~data["is_first"]
     cont_logit = draw.continue_head(flat).squeeze(-1)  # (B, T)
     goes_on = 1.0 - data["is_terminal"].float()
     cont_loss = F.binary_cross_entropy_with_logits(cont_logit, goes_on, reduction="none")  # (B, T)

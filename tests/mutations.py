@@ -175,6 +175,9 @@ the first step of a sequence not masked
 reward shifted by one
 -draw.reward_head(flat), data["reward"])
 +draw.reward_head(flat), data["reward"].roll(-1, 1))
+the reward of a reset teaches
+-reward_loss = reward_loss * ~data["is_first"]
++reward_loss = reward_loss * 1.0
 a time limit counts as an end
 -goes_on = 1.0 - data["is_terminal"].float()
 +goes_on = 1.0 - data["is_last"].float()

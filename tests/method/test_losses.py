@@ -167,8 +167,8 @@ def test_world_model_loss(sharp):
     image, vector, reward = (
         48 * 0.5**2,
         2 * 1.0**2,
-        math.log(255),
-    )  # 4*4*3 pixels off by a half, two symlogs of 1, uniform bins
+        7 / 8 * math.log(255),
+    )  # 4*4*3 pixels off by a half, two symlogs of 1, uniform bins but in one step that begins
     cont = (
         7 * math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2))
     ) / 8  # a logit of 2 in 8 steps, one of them terminal
@@ -207,7 +207,7 @@ def test_world_model_loss_weighs_its_parts():
     for name, part in (
         ("image_scale", 48 * 0.5**2),
         ("vector_scale", 2.0),
-        ("reward_scale", math.log(255)),
+        ("reward_scale", 7 / 8 * math.log(255)),
     ):
         assert loss(**{name: 3.0}) - loss() == pytest.approx(2 * part, rel=1e-4)
 

@@ -442,6 +442,8 @@ def test_world_model_loss(noise):
             reward = -twohot_log_prob64(
                 mlp64(nets["reward_head"], flat), data["reward"][b, t].item()
             )
+            if data["is_first"][b, t]:
+                reward = 0.0  # nothing arrives there
             goes_on = 1 / (1 + math.exp(-mlp64(nets["continue_head"], flat)[0]))
             cont = -math.log(1 - goes_on if data["is_terminal"][b, t] else goes_on)
             kl = 0.0
