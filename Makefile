@@ -4,8 +4,8 @@
 ## make test          the tests, without those that drive a Duckiebot or need its simulator
 ## make lint, format  ruff: look at the form, or mend it
 ## make bench         how fast each stage is on this machine; BENCH=--real: a whole run too
-## make duckietown    the same as demo on the Duckiebot simulator; VARIANT=Miscalibrated: another
-##                    target than reversed actions; SIZE=full: stage 1 too; SIZE=small: that, short
+## make duckietown    stages 2 and 3 in the shipped model of the Duckiebot simulator, then a drive;
+##                    VARIANT=Miscalibrated: another target than reversed actions; SIZE=full: stage 1 too
 ## make duckietown-install, test-duckiebot   the simulator alone; its tests and the drive's
 ## make clean         deletes .venv and runs
 ## All install what they need into .venv. STAGE1, STAGE2 and STAGE3 add flags to a stage, e.g.

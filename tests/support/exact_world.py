@@ -217,7 +217,7 @@ def train(folder, checkpoint, dataset, seed):
             run_dir=f"{folder}/policy",
             seed=seed,
             device="cpu",
-            updates=600,
+            updates=1000,
             batch=32,
             length=4,
             starts=128,
