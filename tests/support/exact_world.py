@@ -217,7 +217,7 @@ def train(folder, checkpoint, dataset, seed):
             run_dir=f"{folder}/policy",
             seed=seed,
             device="cpu",
-            updates=1000,
+            updates=600,
             batch=32,
             length=4,
             starts=128,
