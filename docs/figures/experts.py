@@ -3,15 +3,16 @@
 The four pairs of DeepMind Control tasks are solved here from the true state, which the world model
 never sees. Two tasks have an analytic controller: for the pendulum, pump energy until it suffices
 to reach the top, then balance; for the reacher, compute the angles that reach the target, and go
-there. The other two have an actor trained by SAC (sbx-rl, stable-baselines3 in JAX), which goes on
-in the target, with its wind or torque, from the source's networks. Where the target reverses the
-actions, its expert is the source's with the sign of the action changed, which is exact.
+there. The finger plans: it tries random changes of a plan in MuJoCo, in each step anew. The ball in
+the cup has an actor trained by SAC (sbx-rl, stable-baselines3 in JAX), which goes on in the target,
+with its wind, from the source's networks. Where the target reverses the actions, its expert is the
+source's with the sign of the action changed, which is exact.
 
     python docs/figures/experts.py evaluate
 
-runs 40 episodes each and writes experts.csv beside this file. `train` trains the actors anew, they
-are kept in experts/ with the return during training. `record` writes data of an expert acting in a
-target: images, velocities and actions, without rewards, as demonstrations for redraw_adapt.py.
+runs 40 episodes each and writes experts.csv beside this file. `train` trains the cup's actors anew,
+they are kept in experts/ with the return during training. `record` writes data of an expert acting
+in a target: images, velocities and actions, without rewards, as demonstrations for redraw_adapt.py.
 Only `train` needs sbx-rl (requirements.txt beside this file).
 """
 
@@ -30,6 +31,10 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import common  # noqa: E402, F401  it registers the environments
 
+# isort: split
+import mujoco  # noqa: E402  after common, which chooses how MuJoCo renders
+from mujoco.rollout import rollout  # noqa: E402
+
 PAIRS = {
     "pendulum": ("redraw/PendulumSwingup-v0", "redraw/PendulumSwingupReversed-v0"),
     "cup": ("redraw/BallInCupCatch-v0", "redraw/BallInCupCatchWindy-v0"),
@@ -42,6 +47,8 @@ CHECK_EVERY = 10_000  # steps of training between two looks at the return
 INERTIA = 0.251  # of the pendulum, kg m^2
 WEIGHT = 4.905  # mass * gravity * length of the pendulum, N·m
 LINK = 0.12  # length of either link of the reacher, m
+FULL = mujoco.mjtState.mjSTATE_FULLPHYSICS
+CONTROLS = int(mujoco.mjtState.mjSTATE_CTRL | mujoco.mjtState.mjSTATE_XFRC_APPLIED)
 HOLD = 32  # steps for which a random action of `record` is held
 
 
@@ -56,17 +63,12 @@ def true_state(env):
 
 
 class TrueState(gym.Wrapper):
-    """The environment with the true state as its observation; nothing is rendered.
+    """The environment with the true state as its observation; nothing is rendered."""
 
-    For training, `guided` takes twice the distance to the target from the finger's reward, which is
-    0 almost everywhere else; that distance, in m, is the last number of its state.
-    """
-
-    def __init__(self, env_id, guided=False):
+    def __init__(self, env_id):
         super().__init__(gym.make(env_id))
         # An image costs more time than the physics and an update of SAC together.
         self.unwrapped.render = lambda: None
-        self.guided = guided
         size = true_state(self).size
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
 
@@ -76,10 +78,7 @@ class TrueState(gym.Wrapper):
 
     def step(self, action):
         _, reward, terminated, truncated, info = self.env.step(action)
-        state = true_state(self)
-        if self.guided:
-            reward -= 2.0 * max(float(state[-1]), 0.0)
-        return state, reward, terminated, truncated, info
+        return true_state(self), reward, terminated, truncated, info
 
 
 # ---- Controllers: functions from the true state to an action in [-1, 1] ------------------------
@@ -122,13 +121,66 @@ def inverse_kinematics(state):
     return np.clip([3.0, 2.0] * shorter - [0.3, 0.0] * state[4:6], -1.0, 1.0)
 
 
+class Planner:
+    """The finger: state of the task (12,) -> torques (2,), by predictive sampling.
+
+    A plan holds KNOTS actions, HOLD steps each. In each step MuJoCo tries changes of the last plan
+    and a few new ones, from the state and with the environment's own torque on the spinner. The one
+    that is paid most is kept, and its first action done; the way to the target counts a little.
+    """
+
+    KNOTS, HOLD, PLANS, NEW = 6, 4, 48, 4
+    RADIUS = 0.03  # of the target, m
+
+    def __init__(self, env_id, seed=0):
+        env = gym.make(env_id).unwrapped
+        self.repeat = env.action_repeat * round(env.dmc.control_timestep() / env.physics.timestep())
+        self.model = env.physics.model.ptr
+        self.data = mujoco.MjData(self.model)
+        self.wrenches = np.zeros((self.model.nbody, 6))
+        if env.wrench is not None:
+            body, wrench = env.wrench
+            self.wrenches[self.model.body(body).id] = wrench
+        self.rng = np.random.default_rng(seed)
+        self.plan = np.zeros((self.KNOTS, 2))
+
+    def __call__(self, state):
+        plans = self.plan + self.rng.normal(size=(self.PLANS, self.KNOTS, 2)) * np.linspace(
+            0.0, 0.5, self.PLANS
+        ).reshape(-1, 1, 1)
+        plans[-self.NEW :] = self.rng.uniform(-1.0, 1.0, (self.NEW, self.KNOTS, 2))
+        plans = plans.clip(-1.0, 1.0)
+        gap = self.gaps(state, plans)  # (PLANS, steps of the physics)
+        best = plans[((gap <= self.RADIUS) - 2.0 * gap).mean(1).argmax()]
+        # The next step begins with what this plan does one step later.
+        knots = np.arange(self.KNOTS) * self.HOLD
+        self.plan = np.stack([np.interp(knots + 1, knots, best[:, i]) for i in range(2)], 1)
+        return best[0]
+
+    def gaps(self, state, plans):
+        """Distance of the spinner's tip from the target, m, along plans (N, KNOTS, 2)"""
+        tip, target = state[2:4], state[9:11]  # x and z from the hinge
+        self.data.qpos[:] = state[0], state[1], -np.arctan2(*tip)
+        self.data.qvel[:] = state[4:7]
+        start = np.zeros(mujoco.mj_stateSize(self.model, FULL))
+        mujoco.mj_getState(self.model, self.data, start, FULL)
+        actions = plans.repeat(self.HOLD * self.repeat, 1)
+        wrenches = np.broadcast_to(self.wrenches.ravel(), (*actions.shape[:2], self.wrenches.size))
+        controls = np.concatenate([actions, wrenches], 2)
+        starts = np.tile(start, (len(plans), 1))
+        _, sensors = rollout(self.model, self.data, starts, controls, control_spec=CONTROLS)
+        place = {name: self.model.sensor(name).adr[0] for name in ("tip", "spinner")}
+        tip, hinge = (sensors[..., [adr, adr + 2]] for adr in place.values())
+        return np.linalg.norm(tip - hinge - target, axis=-1)
+
+
 def actor_file(env_id):
     return HERE / "experts" / f"{env_id.removeprefix('redraw/')}.npz"
 
 
 def load_arrays(env_id):
     if not actor_file(env_id).exists():
-        raise SystemExit(f"error: no expert of {env_id} was trained; `train --pair ...` makes one")
+        raise SystemExit(f"error: no expert of {env_id} was trained; `train` makes one")
     with np.load(actor_file(env_id), allow_pickle=False) as file:
         return dict(file)
 
@@ -155,6 +207,8 @@ def load_expert(env_id):
         return "energy shaping", energy_shaping, 0
     if "Reacher" in env_id:
         return "inverse kinematics", inverse_kinematics, 0
+    if "Finger" in env_id:
+        return "planning in MuJoCo", Planner(env_id), 0
     arrays = load_arrays(env_id)
     return "SAC on the true state", actor(arrays), int(arrays["steps"])
 
@@ -216,26 +270,24 @@ def train_one(model, env_id, steps, seed):
 def four_copies(env_id):
     from stable_baselines3.common.vec_env import DummyVecEnv
 
-    return DummyVecEnv([lambda: TrueState(env_id, guided="Finger" in env_id)] * 4)
+    return DummyVecEnv([lambda: TrueState(env_id)] * 4)
 
 
 def train(
-    pair: Literal["cup", "finger"],
     steps: int = 100_000,
     target_steps: int = 50_000,
     seed: int = 0,
 ):
-    """Trains the experts of a pair with SAC and keeps the best actors in experts/.
+    """Trains the experts of the cup with SAC and keeps the best actors in experts/.
 
     Args:
-        pair: which pair
         steps: steps of training in the source
         target_steps: further ones in the target
         seed: of everything random
     """
     import sbx
 
-    source, target = PAIRS[pair]
+    source, target = PAIRS["cup"]
     model = sbx.SAC(
         "MlpPolicy",
         four_copies(source),

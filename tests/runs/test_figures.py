@@ -138,3 +138,27 @@ def test_a_picture_comes_from_the_csv_alone(monkeypatch, jobs, tmp_path, figure)
         pictures.append(np.asarray(Image.open(tmp_path / f"{figure}.png")))
     assert pictures[0].shape[0] > 300 and pictures[1].shape[0] > 300
     assert not np.array_equal(*pictures)  # the rows are in it
+
+
+@pytest.mark.parametrize("env_id", ["redraw/FingerTurnHard-v0", "redraw/FingerTurnHardTorque-v0"])
+def test_the_fingers_planner_knows_what_will_happen(monkeypatch, env_id):
+    """The planner sees the task's state alone, and MuJoCo goes on from it as the environment does."""
+    monkeypatch.syspath_prepend(str(FIGURES))
+    experts = importlib.import_module("experts")
+    env = experts.TrueState(env_id)
+    planner = experts.Planner(env_id)
+    state, _ = env.reset(seed=0)
+    rewards = []
+    gaps = []
+    for _ in range(120):
+        action = planner(state)
+        predicted = planner.gaps(state, np.tile(action, (1, planner.KNOTS, 1)))[0]
+        state, reward, *_ = env.step(action)
+        rewards.append(reward)
+        gaps.append(state[-1])
+        # MuJoCo's sensors are one step late; state[-1] is measured from the target's edge.
+        error = predicted[planner.repeat] - planner.RADIUS - state[-1]
+        assert abs(error) < 1e-2  # in contact the solver's start matters
+    env.close()
+    assert np.ptp(gaps) > 0.05  # it turned
+    assert sum(rewards[-20:]) > 15.0
