@@ -97,14 +97,14 @@ $(RUNS)/source-policy/done: | .venv/installed
 		> $(RUNS)/source-policy.log 2>&1 || { tail -n 1 $(RUNS)/source-policy.log >&2; exit 1; }
 	@touch $@
 # 2. and 3. the correction, from 40,000 rows of the target without rewards, and a policy in it. 24,000
-# are of a disturbed expert, if there is one (the finger has none yet), the others of random actions.
-EXPERT = $(if $(filter finger,$(PAIR)),,$(RUNS)/expert.npz)
+# are of a disturbed expert, the others of random actions.
+EXPERT = $(RUNS)/expert.npz
 $(RUNS)/expert.npz: | .venv/installed
 	$(PY) docs/figures/experts.py record --env-id $(TARGET) --rows 24000 --noise 0.5 --image-size $(SIDE) \
 		--seed $(SEED)000 --out $@
 $(RUNS)/adapted-policy/done: $(EXPERT) | .venv/installed
 	$(PY) redraw_adapt.py laptop --checkpoint $(MODEL) --target-env-id $(TARGET) $(COMMON) \
-		--run-dir $(RUNS)/adapted $(if $(EXPERT),--dataset $(EXPERT) --collect-steps 16000) $(TARGET2_$(PAIR)) $(STAGE2)
+		--run-dir $(RUNS)/adapted --dataset $(EXPERT) --collect-steps 16000 $(TARGET2_$(PAIR)) $(STAGE2)
 	$(PY) train_policy.py laptop $(POLICY_$(PAIR)) $(TARGET3_$(PAIR)) $(STAGE3) $(COMMON) \
 		--checkpoint $(RUNS)/adapted/best.pt --dataset $(RUNS)/adapted/dataset.npz \
 		--eval-env-ids $(TARGET) --run-dir $(RUNS)/adapted-policy

@@ -242,6 +242,9 @@ slow critic not asked
 +slow_logits = policy.critic(zs[:-1])
 
 == redraw_adapt.py | method/test_oracles.py -k residual or finetune or mean_kl
+f predicts what an episode begins with
+-own = is_open & ~first & ~first.roll(1, 1)
++own = is_open & ~first
 gradient through f and time
 -@torch.no_grad()
 -def unroll(
@@ -296,8 +299,8 @@ fine-tuning leaves the initial state out
 -trained = [*draw.dynamics_net.parameters(), draw.initial_logits]
 +trained = list(draw.dynamics_net.parameters())
 fine-tuning at the residual's learning rate
--return finetune_loss, trained, args.finetune_lr
-+return finetune_loss, trained, args.lr
+-return loss_of, trained, args.finetune_lr
++return loss_of, trained, args.lr
 
 == redraw_adapt.py | method/test_alignment.py -k stage_2
 actions of another row
