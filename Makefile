@@ -67,7 +67,9 @@ SIZES = $(if $(filter pendulum,$(PAIR)),,$(LARGER))
 # The reacher needs a shorter horizon (20 steps, not 100), and actions that are tried for longer. In
 # its target a change of rank 3 fits the same rows better than a residual; the critic begins with the
 # source's, because a state's value hardly changes with the dynamics.
-POLICY_reacher = --gamma 0.97 --ahead 8 --states 160
+POLICY_reacher = --gamma 0.97 --ahead 8 --states 160 $(ACT_reacher)
+# Where its arm rests in a wrong place noise frees it.
+ACT_reacher = --act-noise 1
 TARGET2_reacher = --method lowrank --rank 3 --lr 5e-3 --updates 2500
 TARGET3_reacher = --warm-start critic --updates 800
 COMMON = --seed $(SEED) --resume
@@ -92,7 +94,7 @@ $(RUNS)/model.pt: | .venv/installed
 # Beside the rest, so it writes into a file: this policy at home and, zero-shot, in the target.
 $(RUNS)/source-policy/done: | .venv/installed
 	@mkdir -p $(RUNS)
-	$(PY) train_policy.py laptop --checkpoint $(MODEL) --updates 0 --warm-start both \
+	$(PY) train_policy.py laptop $(ACT_$(PAIR)) --checkpoint $(MODEL) --updates 0 --warm-start both \
 		--eval-env-ids $(SOURCE) $(TARGET) --run-dir $(RUNS)/source-policy $(COMMON) \
 		> $(RUNS)/source-policy.log 2>&1 || { tail -n 1 $(RUNS)/source-policy.log >&2; exit 1; }
 	@touch $@

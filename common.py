@@ -383,24 +383,33 @@ class ActorCritic(nn.Module):
 
 class Policy(nn.Module):
     """x_t -> a_t, all that deployment needs: encoder and posterior, shared with `draw`, and actor.
-    It samples z and a, or `by_mean` takes the mean of both. `act` is for tensors; calling the
-    policy takes and gives NumPy arrays."""
+    It samples z and a, or `by_mean` takes the mean of both. By the mean it may add `noise`: a
+    normal one of this deviation where no reward is predicted, none where more than 0.5 is. Then it
+    needs the reward head too. `act` is for tensors; calling the policy takes and gives NumPy
+    arrays."""
 
-    def __init__(self, sizes, draw=None, actor=None, by_mean=False):
+    def __init__(self, sizes, draw=None, actor=None, by_mean=False, noise=0.0):
         super().__init__()
         self.sizes = sizes
         self.by_mean = by_mean
+        self.noise = noise
         self.actor = actor or Actor(sizes)
         draw = draw or DRAW(sizes)
         self.encoder = draw.encoder
         self.posterior_net = draw.posterior_net
+        if noise:
+            self.reward_head = draw.reward_head
 
     posterior = DRAW.posterior  # needs posterior_net and sizes alone
+    reward = DRAW.reward  # needs reward_head alone
 
     def act(self, image, vector):
         """image uint8 (n, L, L, C), vector (n, V), tensors -> actions (n, A) in [-1, 1]"""
         q = self.posterior(self.encoder(image, vector)).exp()
         action = self.actor(q).mean if self.by_mean else self.actor(sample_onehot(q)).rsample()
+        if self.noise:
+            unpaid = (1.0 - 2.0 * self.reward(q)).clamp(0.0, 1.0)  # (n,)
+            action = action + self.noise * unpaid[:, None] * torch.randn_like(action)
         return action.clamp(-1, 1)
 
     @torch.no_grad()
@@ -790,8 +799,11 @@ def load_rectified(checkpoint, draw, device="cpu"):
 def load_policy(path, device="cpu"):
     """The policy of a checkpoint of train_policy.py, ready to act."""
     file = load_checkpoint(path, ("train_policy",), device)
-    policy = load_module(file, "policy", lambda: Policy(Sizes(**file["sizes"])), device)
-    policy.by_mean = bool(file.get("by_mean", False))
+    with explained(f"{file['file']} is damaged: how its policy acts makes no sense"):
+        acts = {name: float(file.get(name, 0)) for name in ("by_mean", "noise")}
+        if not 0.0 <= acts["noise"] <= 10.0:
+            raise ValueError(acts)
+    policy = load_module(file, "policy", lambda: Policy(Sizes(**file["sizes"]), **acts), device)
     return policy.to(memory_format=torch.channels_last)  # the faster one for a single image
 
 

@@ -116,6 +116,9 @@ class Args:
     candidates: int = 12  # lookahead: actions compared in each; more: better teachers, slower
     ahead: int = 2  # lookahead: steps until the critic judges; larger: rests more on the model
     lesson_steps: int = 6  # lookahead: gradient steps an update, from the last 20 updates' lessons
+    # lookahead: who acts adds noise of this deviation where no reward is predicted. It frees what
+    # rests in a wrong place; too much where the way to the reward needs a steady hand.
+    act_noise: float = 0.0
 
 
 LAPTOP = Args(
@@ -404,7 +407,8 @@ def main(args):
     policy = begin_policy(args, checkpoint, draw.sizes).to(device)
     adam = policy_adam(args, policy)
     mean_actor = copy.deepcopy(policy.actor)  # the average that acts; policy.actor learns
-    deployed = Policy(draw.sizes, draw, mean_actor, by_mean=args.learn == "lookahead")
+    by_mean = args.learn == "lookahead"
+    deployed = Policy(draw.sizes, draw, mean_actor, by_mean, args.act_noise)
     inputs = [path for path in (args.checkpoint, args.dataset) if path]
     run = Run(args.run_dir or f"runs/policy-{args.seed}", args, inputs)
     if args.updates:  # slow, so it comes after all that can fail
@@ -448,7 +452,8 @@ def main(args):
     run.no_more_saves()
 
     contents = {"args": dataclasses.asdict(args), "sizes": checkpoint["sizes"]}
-    contents |= {"policy": deployed.state_dict(), "by_mean": deployed.by_mean}
+    contents |= {"by_mean": deployed.by_mean, "noise": deployed.noise}
+    contents |= {"policy": deployed.state_dict()}
     run.write("policy.pt", stage="train_policy", **contents)
     print(f"wrote {run.dir}/policy.pt after {time.time() - start_time:.0f} s")
     evaluate_all(args, run, args.updates, deployed)
@@ -467,6 +472,9 @@ def check(args):
     check_range(args, 0, 10**12, "updates")
     check_range(args, 1, 10**12, "log_every", "save_every", "n_envs")
     check_range(args, 1e-9, 10**9, "return_floor")
+    check_range(args, 0, 10, "act_noise")
+    if args.act_noise and args.learn != "lookahead":
+        raise UserError("--act-noise needs --learn lookahead; a policy of reinforce samples anyway")
     check_range(args, 0, 1 - 1e-9, "ema_decay")
     check_range(args, 1, 65536, "batch", "length", "horizon")
     check_range(args, 1, args.batch * args.length, "starts")

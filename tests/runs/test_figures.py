@@ -142,7 +142,7 @@ def test_a_picture_comes_from_the_csv_alone(monkeypatch, jobs, tmp_path, figure)
 
 @pytest.mark.parametrize("env_id", ["redraw/FingerTurnHard-v0", "redraw/FingerTurnHardTorque-v0"])
 def test_the_fingers_planner_knows_what_will_happen(monkeypatch, env_id):
-    """The planner sees the task's state alone, and MuJoCo goes on from it as the environment does."""
+    """The planner sees the task's state alone; MuJoCo goes on from it as the environment does."""
     monkeypatch.syspath_prepend(str(FIGURES))
     experts = importlib.import_module("experts")
     env = experts.TrueState(env_id)
