@@ -383,10 +383,9 @@ class ActorCritic(nn.Module):
 
 class Policy(nn.Module):
     """x_t -> a_t, all that deployment needs: encoder and posterior, shared with `draw`, and actor.
-    It samples z and a, or `by_mean` takes the mean of both. By the mean it may add `noise`: a
-    normal one of this deviation where no reward is predicted, none where more than 0.5 is. Then it
-    needs the reward head too. `act` is for tensors; calling the policy takes and gives NumPy
-    arrays."""
+    It samples z and a, or `by_mean` takes the mean of both. It may add `noise`, a normal one of
+    this deviation where no reward is predicted, none where 0.5 or more is; then it needs the reward
+    head too. `act` is for tensors; calling the policy takes and gives NumPy arrays."""
 
     def __init__(self, sizes, draw=None, actor=None, by_mean=False, noise=0.0):
         super().__init__()

@@ -108,6 +108,10 @@ class Args:
     # Begin with the networks of stage 1's task policy: none, its critic, or critic and actor.
     warm_start: Literal["none", "critic", "both"] = "none"
 
+    # The policy that is saved adds noise of this deviation where it predicts no reward. That frees
+    # what rests in a wrong place, and harms where the way to the reward needs a steady hand.
+    act_noise: float = 0.0
+
     # How actor and critic learn
     learn: Literal["reinforce", "lookahead"] = "reinforce"
     lam: float = 0.95  # lambda; larger: returns rest on rewards, smaller: on the critic
@@ -116,9 +120,6 @@ class Args:
     candidates: int = 12  # lookahead: actions compared in each; more: better teachers, slower
     ahead: int = 2  # lookahead: steps until the critic judges; larger: rests more on the model
     lesson_steps: int = 6  # lookahead: gradient steps an update, from the last 20 updates' lessons
-    # lookahead: who acts adds noise of this deviation where no reward is predicted. It frees what
-    # rests in a wrong place; too much where the way to the reward needs a steady hand.
-    act_noise: float = 0.0
 
 
 LAPTOP = Args(
@@ -473,8 +474,6 @@ def check(args):
     check_range(args, 1, 10**12, "log_every", "save_every", "n_envs")
     check_range(args, 1e-9, 10**9, "return_floor")
     check_range(args, 0, 10, "act_noise")
-    if args.act_noise and args.learn != "lookahead":
-        raise UserError("--act-noise needs --learn lookahead; a policy of reinforce samples anyway")
     check_range(args, 0, 1 - 1e-9, "ema_decay")
     check_range(args, 1, 65536, "batch", "length", "horizon")
     check_range(args, 1, args.batch * args.length, "starts")

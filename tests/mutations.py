@@ -352,6 +352,14 @@ a terminal start goes on
 -goes_on = alive * cont
 +goes_on = cont
 
+== common.py | method/test_networks.py -k noise
+noise where reward is predicted
+-unpaid = (1.0 - 2.0 * self.reward(q))
++unpaid = (2.0 * self.reward(q))
+noise without an end
+-(1.0 - 2.0 * self.reward(q)).clamp(0.0, 1.0)
++(1.0 - 2.0 * self.reward(q)).abs()
+
 == train_policy.py | method/test_losses.py -k what_acts
 the actor of the last update acts
 -Policy(draw.sizes, draw, mean_actor,

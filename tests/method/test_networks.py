@@ -348,6 +348,36 @@ def test_policy_shares_the_weights_of_its_parts():
     assert policy(*policy_and_observations()[1]).mean() > 0.3
 
 
+def test_a_policys_noise_where_no_reward_is_predicted(tmp_path):
+    """act_noise: its deviation where nothing is paid, half of it at 0.25, nothing from 0.5 on."""
+    draw, actor = DRAW(TINY), Actor(TINY)
+    nn.init.zeros_(actor.net[-1].weight)
+    nn.init.zeros_(actor.net[-1].bias)  # the mean is 0
+    policy = Policy(TINY, draw, actor, by_mean=True, noise=0.2)
+    rows = random_rows(1)
+    image = torch.tensor(rows["image"]).repeat(2000, 1, 1, 1)
+    vector = torch.tensor(rows["vector"]).repeat(2000, 1)
+    path = tmp_path / "policy.pt"
+    sizes = dataclasses.asdict(TINY)
+    kept = {"stage": "train_policy", "sizes": sizes, "policy": policy.state_dict()}
+    save_checkpoint(path, by_mean=True, noise=0.2, **kept)
+    for acts in (policy, load_policy(path)):
+        for reward, deviation in ((-0.3, 0.2), (0.0, 0.2), (0.25, 0.1), (0.5, 0.0), (0.9, 0.0)):
+            acts.reward = lambda z, reward=reward: torch.full((len(z),), reward)
+            actions = acts.act(image, vector)
+            assert actions.std(0).sub(deviation).abs().max() < 0.02
+            assert actions.mean(0).abs().max() < 0.02
+        del acts.reward
+        # The reward that counts is that of the posterior itself.
+        draw.reward_head = acts.reward_head
+        q = acts.posterior(acts.encoder(image[:1], vector[:1])).exp()
+        assert torch.equal(acts.reward(q), draw.reward(q))
+    for noise in (-0.1, 10.5, float("nan"), "much"):
+        save_checkpoint(path, by_mean=True, noise=noise, **kept)
+        with user_error("policy.pt", "damaged"):
+            load_policy(path)
+
+
 def test_policy_survives_its_checkpoint(tmp_path):
     policy, observations = policy_and_observations()
     save_checkpoint(

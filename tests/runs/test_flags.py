@@ -74,6 +74,7 @@ STAGE_2 = {
     "batch": (1, 70),
     "length": (2, 6),
     "soft": (0.0, 1.0),
+    "open_loop": (0.0, 1.0),
     "l2": (0.0, 10**6),
     "ema_decay": (0.0, 1 - 1e-9),
 }
@@ -113,6 +114,7 @@ STAGE_3 = {
     "candidates": (5, 30),
     "ahead": (1, 9),
     "lesson_steps": (1, 9),
+    "act_noise": (0.0, 10.0),
 }
 # Not numbers, tested elsewhere, or below by themselves
 OTHERS = shlex.split(
