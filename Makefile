@@ -69,7 +69,7 @@ SIZES = $(if $(filter pendulum,$(PAIR)),,$(LARGER))
 # its target a change of rank 3 fits the same rows better than a residual; the critic begins with the
 # source's, because a state's value hardly changes with the dynamics.
 POLICY_reacher = --gamma 0.97 --ahead 8 --states 160 $(ACT_reacher)
-# Where its arm rests in a wrong place noise frees it.
+# Noise frees its arm where it rests in a wrong place.
 ACT_reacher = --act-noise 1
 TARGET2_reacher = --method lowrank --rank 3 --lr 5e-3 --updates 2500
 TARGET3_reacher = --warm-start critic --updates 800

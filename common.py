@@ -383,8 +383,8 @@ class ActorCritic(nn.Module):
 
 class Policy(nn.Module):
     """x_t -> a_t, all that deployment needs: encoder and posterior, shared with `draw`, and actor.
-    It samples z and a, or `by_mean` takes the mean of both. It may add `noise`, a normal one of
-    this deviation where no reward is predicted, none where 0.5 or more is; then it needs the reward
+    It samples z and a, or `by_mean` takes the mean of both. It may add normal noise, of deviation
+    `noise` where the predicted reward is 0 or less, falling to 0 at 0.5; then it needs the reward
     head too. `act` is for tensors; calling the policy takes and gives NumPy arrays."""
 
     def __init__(self, sizes, draw=None, actor=None, by_mean=False, noise=0.0):
@@ -799,9 +799,10 @@ def load_policy(path, device="cpu"):
     """The policy of a checkpoint of train_policy.py, ready to act."""
     file = load_checkpoint(path, ("train_policy",), device)
     with explained(f"{file['file']} is damaged: how its policy acts makes no sense"):
-        acts = {name: float(file.get(name, 0)) for name in ("by_mean", "noise")}
-        if not 0.0 <= acts["noise"] <= 10.0:
-            raise ValueError(acts)
+        by_mean, noise = (float(file.get(name, 0)) for name in ("by_mean", "noise"))
+        if by_mean not in (0.0, 1.0) or not 0.0 <= noise <= 10.0:
+            raise ValueError(f"by_mean {by_mean}, noise {noise}")
+        acts = {"by_mean": bool(by_mean), "noise": noise}
     policy = load_module(file, "policy", lambda: Policy(Sizes(**file["sizes"]), **acts), device)
     return policy.to(memory_format=torch.channels_last)  # the faster one for a single image
 

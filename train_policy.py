@@ -23,9 +23,10 @@ other symbols: common.py.
         --dataset runs/adapted/dataset.npz --eval-env-ids redraw/PendulumSwingupReversed-v0 \
         --run-dir runs/policy
 
-writes runs/policy/policy.pt (encoder, posterior and actor: all that deployment needs), eval.json,
-curves.png and a film of one episode in each environment. The actor that acts may be an average of
-the last updates' weights (--ema-decay), which is not in the paper.
+writes runs/policy/policy.pt (encoder, posterior, actor and, with --act-noise, the reward head: all
+that deployment needs), eval.json, curves.png and a film of one episode in each environment. The
+actor that acts may be an average of the last updates' weights (--ema-decay), which is not in the
+paper.
 """
 
 import copy
@@ -108,8 +109,8 @@ class Args:
     # Begin with the networks of stage 1's task policy: none, its critic, or critic and actor.
     warm_start: Literal["none", "critic", "both"] = "none"
 
-    # The policy that is saved adds noise of this deviation where it predicts no reward. That frees
-    # what rests in a wrong place, and harms where the way to the reward needs a steady hand.
+    # The saved policy adds noise of this deviation where it predicts no reward, and none from 0.5 a
+    # step on. Larger: frees what rests in a wrong place, harms where a steady hand is needed.
     act_noise: float = 0.0
 
     # How actor and critic learn

@@ -263,7 +263,8 @@ members share the KL of their mean
 +u = (base + e).mean(0, keepdim=True)  # (members
 the residual's belief goes on over a border
 -        sigma = torch.where(first[:, t, None, None], sigma0, sigma)
-+        pass
+-        base = rectified.base(z_prev[:, t], sigma, a_prev[:, t])
++        base = rectified.base(z_prev[:, t], sigma, a_prev[:, t])
 the first step is learned
 -return (kl + l2 * e.square().mean((0, -2, -1))) * ~first, ~first
 +return kl + l2 * e.square().mean((0, -2, -1)), ~first
@@ -271,8 +272,8 @@ large corrections cost nothing
 -return (kl + l2 * e.square().mean((0, -2, -1))) * ~first, ~first
 +return kl * ~first, ~first
 the change of low rank is not in its loss
--u = draw.observe(z, action, is_first, rectified)  # (B, T, S, K)
-+u = draw.observe(z, action, is_first)  # (B, T, S, K)
+-u = rectified(z_before, sigma, a_prev[:, t])
++u = draw.dynamics(z_before, sigma, a_prev[:, t])
 fine-tuning without its free nat
 -return 1.5 * kl.clamp(min=1.0) * ~first, ~first
 +return 1.5 * kl * ~first, ~first

@@ -124,12 +124,12 @@ def inverse_kinematics(state):
 class Planner:
     """The finger: state of the task (12,) -> torques (2,), by predictive sampling.
 
-    A plan holds KNOTS actions, HOLD steps each. In each step MuJoCo tries changes of the last plan
+    A plan holds KNOTS actions, LASTS steps each. In each step MuJoCo tries changes of the last plan
     and a few new ones, from the state and with the environment's own torque on the spinner. The one
     that is paid most is kept, and its first action done; the way to the target counts a little.
     """
 
-    KNOTS, HOLD, PLANS, NEW = 6, 4, 48, 4
+    KNOTS, LASTS, PLANS, NEW = 6, 4, 48, 4
     RADIUS = 0.03  # of the target, m
 
     def __init__(self, env_id, seed=0):
@@ -145,26 +145,26 @@ class Planner:
         self.plan = np.zeros((self.KNOTS, 2))
 
     def __call__(self, state):
-        plans = self.plan + self.rng.normal(size=(self.PLANS, self.KNOTS, 2)) * np.linspace(
-            0.0, 0.5, self.PLANS
-        ).reshape(-1, 1, 1)
+        deviation = np.linspace(0.0, 0.5, self.PLANS)[:, None, None]  # the first plan stays
+        plans = self.plan + deviation * self.rng.normal(size=(self.PLANS, self.KNOTS, 2))
         plans[-self.NEW :] = self.rng.uniform(-1.0, 1.0, (self.NEW, self.KNOTS, 2))
         plans = plans.clip(-1.0, 1.0)
         gap = self.gaps(state, plans)  # (PLANS, steps of the physics)
         best = plans[((gap <= self.RADIUS) - 2.0 * gap).mean(1).argmax()]
-        # The next step begins with what this plan does one step later.
-        knots = np.arange(self.KNOTS) * self.HOLD
+        # One step later: each action moves a quarter of the way to the next one.
+        knots = np.arange(self.KNOTS) * self.LASTS
         self.plan = np.stack([np.interp(knots + 1, knots, best[:, i]) for i in range(2)], 1)
         return best[0]
 
     def gaps(self, state, plans):
-        """Distance of the spinner's tip from the target, m, along plans (N, KNOTS, 2)"""
-        tip, target = state[2:4], state[9:11]  # x and z from the hinge
-        self.data.qpos[:] = state[0], state[1], -np.arctan2(*tip)
+        """Distance of the spinner's tip from the target before each step of the physics, m, along
+        plans (N, KNOTS, 2): (N, KNOTS * LASTS * repeat)"""
+        target = state[9:11]  # x and z from the hinge, as the tip in state[2:4]
+        self.data.qpos[:] = state[0], state[1], -np.arctan2(*state[2:4])
         self.data.qvel[:] = state[4:7]
         start = np.zeros(mujoco.mj_stateSize(self.model, FULL))
         mujoco.mj_getState(self.model, self.data, start, FULL)
-        actions = plans.repeat(self.HOLD * self.repeat, 1)
+        actions = plans.repeat(self.LASTS * self.repeat, 1)
         wrenches = np.broadcast_to(self.wrenches.ravel(), (*actions.shape[:2], self.wrenches.size))
         controls = np.concatenate([actions, wrenches], 2)
         starts = np.tile(start, (len(plans), 1))
@@ -180,7 +180,7 @@ def actor_file(env_id):
 
 def load_arrays(env_id):
     if not actor_file(env_id).exists():
-        raise SystemExit(f"error: no expert of {env_id} was trained; `train` makes one")
+        raise SystemExit(f"error: no expert of {env_id} is known; `train` makes the cup's")
     with np.load(actor_file(env_id), allow_pickle=False) as file:
         return dict(file)
 

@@ -55,6 +55,7 @@ def main(draw: Path, out: Path, policy: Path | None = None, finetuned: Path | No
         # The actor that acts, and the critic, which only the last save holds.
         deployed = load_checkpoint(policy / "policy.pt", ("train_policy",))
         acts = deployed["policy"]
+        # Its noise is not kept: who evaluates it gives --act-noise again.
         checkpoint["args"]["learn"] = deployed["args"]["learn"]  # says whether it acts by its mean
         trained = load_checkpoint(policy / "state.pt", ("state",))["policy"]
         for part, found in (("actor", acts), ("critic", trained)):

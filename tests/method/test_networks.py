@@ -372,8 +372,9 @@ def test_a_policys_noise_where_no_reward_is_predicted(tmp_path):
         draw.reward_head = acts.reward_head
         q = acts.posterior(acts.encoder(image[:1], vector[:1])).exp()
         assert torch.equal(acts.reward(q), draw.reward(q))
-    for noise in (-0.1, 10.5, float("nan"), "much"):
-        save_checkpoint(path, by_mean=True, noise=noise, **kept)
+    bad = [(True, noise) for noise in (-0.1, 10.5, float("nan"), "much")]
+    for by_mean, noise in (*bad, (7.0, 0.2), (float("nan"), 0.2)):
+        save_checkpoint(path, by_mean=by_mean, noise=noise, **kept)
         with user_error("policy.pt", "damaged"):
             load_policy(path)
 
