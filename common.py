@@ -685,7 +685,8 @@ class Replay:
 
     def sample(self, B, T, device, rewarded=0.0):
         """Random sequences, dict of tensors (B, T, ...). They may cross episode borders. A share
-        `rewarded` of them holds a row with another reward than the usual one, if there is any."""
+        `rewarded` of them holds a row with another reward than the usual one, if there is any;
+        first rows, whose reward says nothing, do not count."""
         oldest = self.added - len(self)
         env = np.random.randint(0, len(self.data["reward"]), B)
         start = np.random.randint(0, len(self) - T + 1, B)
@@ -693,7 +694,8 @@ class Replay:
         if n:
             reward = self.data["reward"][:, : len(self)]
             usual = np.median(reward[:, :: max(1, len(self) // 1000)])
-            paid_env, paid_row = np.nonzero(reward != usual)
+            unusual = (reward != usual) & ~self.data["is_first"][:, : len(self)]
+            paid_env, paid_row = np.nonzero(unusual)
             if len(paid_row):
                 pick = np.random.randint(0, len(paid_row), n)
                 age = (paid_row[pick] - oldest) % self.length  # rows since the oldest one

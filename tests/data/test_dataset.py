@@ -423,6 +423,12 @@ def test_replay_draws_rewarded_sequences(added, usual, unusual):
     assert set(odd[:200].int().argmax(1).tolist()) == set(range(5))
     assert (data["action"].diff(dim=1) == 1).all()  # contiguous, so never across the ring's head
     replay.data["reward"][:] = usual
+    # The 0 of first rows says nothing.
+    replay.data["reward"][0, time[0] == added - 7] = unusual
+    replay.data["is_first"][0, time[0] == added - 7] = True
+    odd = (replay.sample(400, 5, "cpu", rewarded=1.0)["reward"] != usual).any(1)
+    assert 20 <= odd.sum() <= 120  # by chance
+    replay.data["reward"][:] = usual
     # As long as all rewards are the usual one: any sequence
     assert (replay.sample(400, 5, "cpu", rewarded=0.5)["reward"] == usual).all()
 
