@@ -1,5 +1,5 @@
 ## make demo          stages 2 and 3 in the shipped world model, a table and a film; SEED=1,
-##                    PAIR=pendulum, reacher, or cup (not solved)
+##                    PAIR=pendulum, reacher, or cup, finger (not solved)
 ## make scratch       all three stages from nothing; PAIR=pendulum|cup|finger|reacher
 ## make test          the tests, without those that drive a Duckiebot or need its simulator
 ## make lint, format  ruff: look at the form, or mend it
@@ -71,6 +71,8 @@ SIZES = $(if $(filter pendulum,$(PAIR)),,$(LARGER))
 POLICY_reacher = --gamma 0.97 --ahead 8 --states 160 $(ACT_reacher)
 # Noise frees its arm where it rests in a wrong place.
 ACT_reacher = --act-noise 1
+POLICY_finger = --gamma 0.98 --ahead 8 --states 160 $(ACT_finger)
+ACT_finger = --act-noise 1
 TARGET2_reacher = --method lowrank --rank 3 --lr 5e-3 --updates 2500
 TARGET3_reacher = --warm-start critic --updates 800
 COMMON = --seed $(SEED) --resume
