@@ -25,6 +25,7 @@ import gymnasium as gym
 import numpy as np
 import scipy.stats
 import tyro
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
@@ -361,6 +362,7 @@ def record(
     _, expert, _ = load_expert(env_id)
     rng = np.random.default_rng(seed)
     data = {name: [] for name in ("image", "vector", "action", "is_first", "is_last")}
+    bar = tqdm(total=rows, unit="row", mininterval=1.0)
     while len(data["action"]) < rows:
         observation, _ = env.reset(seed=seed)
         seed += 1
@@ -377,10 +379,12 @@ def record(
             data["action"].append(action.astype(np.float32))
             data["is_first"].append(age == 0)
             data["is_last"].append(last)
-            if last:
+            bar.update()
+            if last or len(data["action"]) == rows:
                 break
             observation, _, _, last, _ = env.step(action)
             age += 1
+    bar.close()
     arrays = {name: np.stack(values[:rows]) for name, values in data.items()}
     # These tasks have a time limit and no other end.
     arrays["is_terminal"] = np.zeros(rows, bool)
