@@ -84,7 +84,7 @@ demo: pair .venv/installed
 pair:
 	$(if $(PAIR_$(PAIR)),,$(error PAIR must be pendulum, cup, finger or reacher, not '$(PAIR)'))
 scratch: pair .venv/installed
-	@echo "On two cores the pendulum takes some 45 minutes, another pair some six hours (on a GPU the"
+	@echo "On two cores the pendulum takes some 45 minutes, another pair two to six hours (on a GPU the"
 	@echo "first stage 8 minutes), and is not solved by then: docs/results.md"
 	@$(MAKE) --no-print-directory $(RUNS)/model.pt
 	@$(MAKE) --no-print-directory demo MODEL=$(RUNS)/model.pt
