@@ -110,9 +110,6 @@ class Args:
     batch: int = 16  # B, sequences an update
     length: int = 64  # T, steps of a sequence; longer: beliefs that have run for longer
     soft: float = 0.0  # share of sequences whose z is q itself, as lookahead of stage 3 imagines
-    # Of finetune and lowrank: share of sequences in which f goes on from its own predictions, as
-    # imagination does. Long rollouts become truer, single steps less so.
-    open_loop: float = 0.0
     l2: float = 0.0  # of `residual`: weight of e's mean square; larger: nearer to the source
     ema_decay: float = 0.0  # what is saved averages some 1 / (1 - ema_decay) last updates
 
@@ -201,30 +198,12 @@ def unroll(draw, rectified, z_prev, a_prev, first, e=None):
     return torch.stack(sigmas, 1), torch.stack(bases, 1)
 
 
-def finetune_loss(draw, rectified, log_q, z, action, is_first, open_loop=0.0):
+def finetune_loss(draw, rectified, log_q, z, action, is_first):
     """The baselines: f itself or its change of low rank learns, with the dynamics term of stage 1,
-    1.5 max(1, KL(sg q || p)). The gradient goes through f and through time.
-
-    open_loop, not in the paper: in such a share of the sequences z_{t-1} is p(z_{t-1} | ...), which
-    the step before has predicted, but for an episode's first z. The other arguments and the results
-    are those of residual_loss.
-    """
-    z_prev, a_prev, first = draw.previous(z, action, is_first)
-    own = torch.zeros_like(first)  # (B, T)
-    if open_loop:
-        is_open = torch.rand(len(z), 1, device=z.device) < open_loop
-        # Nothing predicts what an episode begins with, at t = 0 or later.
-        own = is_open & ~first & ~first.roll(1, 1)
-    _, sigma0 = draw.initial()
-    sigma = sigma0
-    us = []
-    for t in range(z.shape[1]):
-        sigma = torch.where(first[:, t, None, None], sigma0, sigma)
-        z_before = torch.where(own[:, t, None, None], rectified.prior(sigma), z_prev[:, t])
-        u = rectified(z_before, sigma, a_prev[:, t])
-        sigma = softmax(u)
-        us.append(u)
-    u = torch.stack(us, 1)  # (B, T, S, K)
+    1.5 max(1, KL(sg q || p)). Arguments and results as of residual_loss; the gradient goes through
+    f and through time."""
+    _, _, first = draw.previous(z, action, is_first)
+    u = draw.observe(z, action, is_first, rectified)  # (B, T, S, K)
     kl = kl_categorical(log_q.detach(), rectified.log_prior(u))
     return 1.5 * kl.clamp(min=1.0) * ~first, ~first
 
@@ -235,12 +214,11 @@ def what_learns(args, draw, rectified):
         # e is a correction in `residual` alone; in `replace` it is all there is.
         l2 = args.l2 if args.method == "residual" else 0.0
         return partial(residual_loss, l2=l2), list(rectified.parameters()), args.lr
-    loss_of = partial(finetune_loss, open_loop=args.open_loop)
     if args.method == "lowrank":
-        return loss_of, list(rectified.parameters()), args.lr
+        return finetune_loss, list(rectified.parameters()), args.lr
     # finetune, and none, which makes no update
     trained = [*draw.dynamics_net.parameters(), draw.initial_logits]
-    return loss_of, trained, args.finetune_lr
+    return finetune_loss, trained, args.finetune_lr
 
 
 @torch.no_grad()
@@ -393,7 +371,7 @@ def check(args):
     check_range(args, 2, 10**12, "dataset_rows")
     check_range(args, 0, 10**9, "updates", "l2")
     check_range(args, 0, 0.9, "holdout")
-    check_range(args, 0, 1, "collect_noise", "soft", "open_loop")
+    check_range(args, 0, 1, "collect_noise", "soft")
     check_range(args, 0, 1 - 1e-9, "ema_decay")
 
 

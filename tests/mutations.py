@@ -245,9 +245,6 @@ slow critic not asked
 +slow_logits = policy.critic(zs[:-1])
 
 == redraw_adapt.py | method/test_oracles.py -k residual or finetune or mean_kl
-f predicts what an episode begins with
--own = is_open & ~first & ~first.roll(1, 1)
-+own = is_open & ~first
 gradient through f and time
 -@torch.no_grad()
 -def unroll(
@@ -266,8 +263,7 @@ members share the KL of their mean
 +u = (base + e).mean(0, keepdim=True)  # (members
 the residual's belief goes on over a border
 -        sigma = torch.where(first[:, t, None, None], sigma0, sigma)
--        base = rectified.base(z_prev[:, t], sigma, a_prev[:, t])
-+        base = rectified.base(z_prev[:, t], sigma, a_prev[:, t])
++        pass
 the first step is learned
 -return (kl + l2 * e.square().mean((0, -2, -1))) * ~first, ~first
 +return kl + l2 * e.square().mean((0, -2, -1)), ~first
@@ -275,8 +271,8 @@ large corrections cost nothing
 -return (kl + l2 * e.square().mean((0, -2, -1))) * ~first, ~first
 +return kl * ~first, ~first
 the change of low rank is not in its loss
--u = rectified(z_before, sigma, a_prev[:, t])
-+u = draw.dynamics(z_before, sigma, a_prev[:, t])
+-u = draw.observe(z, action, is_first, rectified)  # (B, T, S, K)
++u = draw.observe(z, action, is_first)  # (B, T, S, K)
 fine-tuning without its free nat
 -return 1.5 * kl.clamp(min=1.0) * ~first, ~first
 +return 1.5 * kl * ~first, ~first
@@ -303,8 +299,8 @@ fine-tuning leaves the initial state out
 -trained = [*draw.dynamics_net.parameters(), draw.initial_logits]
 +trained = list(draw.dynamics_net.parameters())
 fine-tuning at the residual's learning rate
--return loss_of, trained, args.finetune_lr
-+return loss_of, trained, args.lr
+-return finetune_loss, trained, args.finetune_lr
++return finetune_loss, trained, args.lr
 
 == redraw_adapt.py | method/test_alignment.py -k stage_2
 actions of another row
