@@ -140,6 +140,20 @@ def test_a_picture_comes_from_the_csv_alone(monkeypatch, jobs, tmp_path, figure)
     assert not np.array_equal(*pictures)  # the rows are in it
 
 
+@pytest.mark.parametrize("change", ["gravity-1.3", "mass-1.5"])
+def test_the_expert_knows_the_changed_physics(monkeypatch, change):
+    """What works at home hardly ever comes up here, so that its rows would show no reward."""
+    monkeypatch.syspath_prepend(str(FIGURES))
+    experts = importlib.import_module("experts")
+    env_id = f"capacity:redraw/Pendulum-{change}-v0"
+    _, expert, _ = experts.load_expert(env_id)
+    knowing, naive = (
+        experts.returns_of(controller, env_id, 2, seed=0).mean()
+        for controller in (expert, experts.energy_shaping)
+    )
+    assert knowing > 200.0 and knowing > naive + 100.0
+
+
 @pytest.mark.parametrize("env_id", ["redraw/FingerTurnHard-v0", "redraw/FingerTurnHardTorque-v0"])
 def test_the_fingers_planner_knows_what_will_happen(monkeypatch, env_id):
     """The planner sees the task's state alone; MuJoCo goes on from it as the environment does."""
