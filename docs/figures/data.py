@@ -85,9 +85,11 @@ def source_job(pair, collect, seed, runs):
 
 
 def picture(pair):
-    """Left: return over rows, a line a kind of data. Right: over the source's data collection."""
-    figure, axes = new_figure(2)
+    """Left: return over rows, a line a kind of data. Right: over the source's data collection, if
+    one was run."""
     rows = [r for r in read(CSV) if r["pair"] == pair]
+    collected = [r for r in rows if r["source"] in COLLECTED]
+    figure, axes = new_figure(2 if collected else 1)
     for kind, colour in zip(KINDS, COLOURS, strict=False):
         mine = [r for r in rows if r["kind"] == kind and r["source"] == "shipped"]
         sizes = sorted({int(r["rows"]) for r in mine})
@@ -97,14 +99,15 @@ def picture(pair):
             axes[0, 0].plot(sizes, mean, color=colour, marker="o", label=kind)
             axes[0, 0].fill_between(sizes, low, high, color=colour, alpha=0.15, linewidth=0)
     for x, (collect, colour) in enumerate(zip(COLLECTED, COLOURS, strict=False)):
-        mine = [r for r in rows if r["source"] == collect]
+        mine = [r for r in collected if r["source"] == collect]
         if mine:
             axes[0, 1].bar(x, mean_and_range(mine, "return")[0], color=colour, alpha=0.5)
             axes[0, 1].plot([x] * len(mine), [float(r["return"]) for r in mine], "o", color=colour)
     for ax in axes[0]:
         draw_yardsticks(ax, PAIRS[pair][1])
     axes[0, 0].set(title=pair, xscale="log", xlabel="rows of the target", ylabel="return")
-    axes[0, 1].set(xticks=range(len(COLLECTED)), xticklabels=COLLECTED, xlabel="source's data")
+    if collected:
+        axes[0, 1].set(xticks=range(len(COLLECTED)), xticklabels=COLLECTED, xlabel="source's data")
     axes[0, 0].legend(fontsize=8)
     figure.savefig(HERE / "data.png", dpi=110)
 
