@@ -58,8 +58,8 @@ TARGET = redraw/$(word 1,$(PAIR_$(PAIR)))$(word 2,$(PAIR_$(PAIR)))-v0
 # Pictures with more in them than a pendulum want more pixels, a larger model and larger batches.
 SIDE = $(if $(filter pendulum,$(PAIR)),32,64)
 MOTION_cup = --hold 4 --gain 1.5 --start-speed 2
-MOTION_finger = --hold 6 --gain 1.5 --start-speed 6 --episode-steps 80 --vector-scale 1000 --steps 50000 \
-	--gamma 0.98 --ahead 4 --states 160
+MOTION_finger = --hold 6 --gain 1.5 --start-speed 6 --episode-steps 25 --vector-scale 1000 \
+	--prefill 36000 --policy-every 6 --gamma 0.98 --ahead 4 --states 160
 MOTION_reacher = --hold 6 --gain 1.2 --start-speed 3 --episode-steps 50
 LARGER = --image-size 64 --S 96 --units 256 --image-scale 100 --vector-scale 3000 --batch 128 \
 	--lr 2e-3 --warmup 300 --soft-updates 1000 --steps 66000 --prefill 24000 --starts 256 \

@@ -45,6 +45,9 @@ def main(
     updates: int = 4000,
     policy_updates: int = 300,
     gamma: float = 0.97,
+    episode_steps: int = 50,
+    act_noise: float = 0.0,
+    dataset: Path | None = None,
     seed: int = 1,
 ):
     """Writes the checkpoint `out`, and of each round a folder beside it.
@@ -58,9 +61,11 @@ def main(
         updates: of f in a round
         policy_updates: of stage 3 in a round
         gamma: of stage 3
+        episode_steps: of the recorded episodes
+        act_noise: of stage 3's policy where it predicts no reward
+        dataset: rows to begin with, such as stage 1's replay
         seed: of all rounds; each adds its number
     """
-    dataset = None
     for number in range(1, rounds + 1):
         folder = out.parent / f"{out.stem}-round-{number}"
         further, policy = folder / "f", folder / "policy"
@@ -69,13 +74,15 @@ def main(
         flags = ["laptop", "--checkpoint", model, "--run-dir", further, *common]
         flags += ["--method", "finetune", "--finetune-lr", 8e-4, "--updates", updates]
         flags += ["--target-env-id", env_id, "--collect-steps", rows, "--collect-policy"]
-        flags += ["zero-shot", "--collect-noise", 0.3, "--hold", 6, "--episode-steps", 50]
+        flags += ["zero-shot", "--collect-noise", 0.3, "--hold", 6]
+        flags += ["--episode-steps", episode_steps]
         flags += ["--dataset", dataset] if dataset else []
         run(further / "result.json", STAGES / "redraw_adapt.py", *flags)
         dataset = further / "dataset.npz"
         flags = ["laptop", "--checkpoint", further / "best.pt", "--dataset", dataset, *common]
         flags += ["--run-dir", policy, "--warm-start", "both", "--updates", policy_updates]
-        flags += ["--gamma", gamma, "--ahead", 8, "--states", 160, "--eval-env-ids", env_id]
+        flags += ["--gamma", gamma, "--ahead", 8, "--states", 160, "--act-noise", act_noise]
+        flags += ["--eval-env-ids", env_id]
         run(policy / "eval.json", STAGES / "train_policy.py", *flags)
         made_of = ["--draw", model, "--finetuned", further / "best.pt", "--policy", policy]
         run(packed, HERE / "pack.py", *made_of, "--out", packed)
