@@ -83,7 +83,7 @@ class ChangedPendulum(DMCEnv):
         self.knows = (heavier * (strength if change == "gravity" else 1.0), heavier)
 
     def best_action(self, state):
-        """Energy shaping that knows the changed physics, but for a delay: true state -> action"""
+        """True state -> action: energy shaping that knows all changes but delay and damping"""
         return (energy_shaping(state, *self.knows) - self.push) / self.gain
 
     def reset(self, **kwargs):

@@ -201,7 +201,7 @@ def actor(arrays):
 
 def load_expert(env_id):
     """The best known controller of an environment: its name, itself, its steps of training."""
-    if env_id.startswith("capacity:"):  # a changed pendulum, which knows what was changed
+    if env_id.startswith("capacity:"):  # a changed pendulum brings its own
         return "energy shaping", gym.make(env_id).unwrapped.best_action, 0
     if "Reversed" in env_id:
         name, source, steps = load_expert(env_id.replace("Reversed", ""))
