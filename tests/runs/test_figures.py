@@ -154,6 +154,14 @@ def test_the_expert_knows_the_changed_physics(monkeypatch, change):
     assert knowing > 200.0 and knowing > naive + 100.0
 
 
+def test_what_the_expert_records_is_what_acts(monkeypatch):
+    """With weaker torques energy shaping asks for more than there is."""
+    monkeypatch.syspath_prepend(str(FIGURES))
+    experts = importlib.import_module("experts")
+    _, expert, _ = experts.load_expert("capacity:redraw/Pendulum-gain-0.8-v0")
+    assert expert(np.array([-1.0, 0.0, 0.1])) == 1.0  # at the bottom, full torque
+
+
 @pytest.mark.parametrize("env_id", ["redraw/FingerTurnHard-v0", "redraw/FingerTurnHardTorque-v0"])
 def test_the_fingers_planner_knows_what_will_happen(monkeypatch, env_id):
     """The planner sees the task's state alone; MuJoCo goes on from it as the environment does."""
