@@ -4,7 +4,7 @@
         --out runs/finger-gpu/draw.pt
 
 The losses are those of the stages; what differs from draw_pretrain.py is the order. Recording never
-waits for learning, so there are hundreds of thousands of rows, and the policy is seen where it goes
+waits for learning, so there are hundreds of thousands of rows, and they show where the policy goes
 now. In the first part of the time world model, ensemble and both policies learn as in stage 1. In
 the second part the encoder is frozen, each row is encoded once, and f, the reward head and the task
 policy go on, on latents alone; half of what f learns from are its own predictions. The policies
@@ -14,6 +14,7 @@ An update is some thousand small operations. On a GPU a CUDA graph records them 
 all at once (`Graphed`). Nothing is saved on the way: an interrupted run is lost.
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -21,6 +22,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -36,15 +38,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import draw_pretrain as stage1  # noqa: E402
 from common import (  # noqa: E402
     DRAW,
+    Actor,
     ActorCritic,
+    Critic,
     Policy,
     Rectified,
+    Sizes,
     UserError,
+    check_range,
+    check_sizes,
+    explained,
     follow,
     held_noise,
     kl_categorical,
     load_checkpoint,
+    load_draw,
+    load_module,
     make_envs,
+    on_interrupt,
     prepare,
     sample_onehot,
     save_checkpoint,
@@ -97,16 +108,16 @@ class Args:
 
 def record(number, args, sizes, folder):
     """A process that records segments, with the newest policies, until folder/stop exists."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that learns says when to stop
     os.nice(5)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(args.seed * 1000 + number)
     np.random.seed(args.seed * 1000 + number)
     steps = [None, 25, 40, 80, 40, 150, 25][number % 7]
-    speed = args.start_speed if number else 0.0
-    speed *= [0.0, 1.0, 0.5, 1.0, 0.25, 0.5, 0.75][number % 7]
-    with open(os.devnull, "w") as nowhere:
-        sys.stdout = nowhere
+    # Of every seven the first one starts as the environment does.
+    speed = args.start_speed * [0.0, 1.0, 0.5, 1.0, 0.25, 0.5, 0.75][number % 7]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         envs = make_envs(args.env_id, TOGETHER, sizes.image_size, steps, start_speed=speed)
     draw = DRAW(sizes)
     policies = {
@@ -124,7 +135,8 @@ def record(number, args, sizes, folder):
     known = 0.0
     count = 0
     weights = folder / "weights.pt"
-    while not (folder / "stop").exists():
+    learner = multiprocessing.parent_process()
+    while learner.is_alive() and not (folder / "stop").exists():
         if weights.exists() and weights.stat().st_mtime > known:
             known = weights.stat().st_mtime
             contents = torch.load(weights, weights_only=True)
@@ -242,11 +254,11 @@ class Graphed:
     Where there is no GPU, or recording fails, the function is simply called.
     """
 
-    def __init__(self, name, function):
+    def __init__(self, name, function, device):
         self.name = name
         self.function = function
         self.graph = None
-        self.failed = not torch.cuda.is_available()
+        self.failed = device.type != "cuda"
 
     def __call__(self, *tensors):
         if self.failed:
@@ -287,6 +299,7 @@ def compile_cnn(cnn):
     The layers' many small operations on few channels are the larger part of an update's time."""
     eager = cnn.forward
     fast = torch.compile(eager, dynamic=False)
+    torch._dynamo.config.suppress_errors = True  # what does not compile runs as it is
     cnn.forward = lambda x: fast(x) if torch.is_grad_enabled() else eager(x)
 
 
@@ -323,20 +336,17 @@ class Learner:
         self.ends = None
 
         def compare(z, sigma, alive):
-            lessons, metrics, ends = stage1.lookahead(
-                settings, draw, dynamics, p, z, sigma, alive, reward_of
-            )
-            return lessons, metrics, ends
+            given = (settings, draw, dynamics, p)
+            return stage1.lookahead(*given, z, sigma, alive, reward_of)
 
         def learn(z, a, R, w):
             loss = stage1.lesson_loss(p, z, a, R, w)
             stage1.gradient_step(self.adam, loss, 100.0)
             p.update_slow_critic(0.05)
             follow(self.mean_actor, p.actor, 0.003)
-            return loss
 
-        self.compare = Graphed(f"{name} lookahead", compare)
-        self.learn = Graphed(f"{name} lessons", learn)
+        self.compare = Graphed(f"{name} lookahead", compare, device)
+        self.learn = Graphed(f"{name} lessons", learn, device)
 
     def improve(self, z, sigma, alive):
         """One update, from z, sigma (B, S, K) and alive (B,)"""
@@ -383,8 +393,9 @@ def latent_loss(draw, dynamics, log_q, z, data, open_loop):
 class Training:
     """What both parts share: the networks, the rows, the clock and the log"""
 
-    def __init__(self, args, settings, sizes, folder, device):
+    def __init__(self, args, settings, sizes, folder, recorders, device):
         self.args = args
+        self.recorders = recorders
         self.settings = settings
         self.folder = folder
         self.device = device
@@ -401,7 +412,7 @@ class Training:
         self.task = Learner("task", settings, *given, self.task_reward, device)
         self.explore = Learner("explore", less, *given, self.explore_reward, device)
         self.rows = Rows(args, sizes, device)
-        self.real = deque(maxlen=20)  # mean rewards of the newest segments without noise
+        self.real = deque(maxlen=20)  # mean rewards of the newest segments of the policy alone
         self.updates = 0
         self.metrics = {}
         self.lines = []
@@ -414,29 +425,31 @@ class Training:
     def explore_reward(self, z, sigma, action, z_next):
         return self.ensemble.disagreement(sigma, z, action)
 
-    def go_on_from(self, file):
+    def go_on_from(self, checkpoint):
         """Takes the networks of a checkpoint of stage 1, or of this script"""
-        checkpoint = load_checkpoint(file, ("draw_pretrain",), self.device)
-        self.draw.load_state_dict(checkpoint["draw"])
+        sizes = self.draw.sizes
+        self.draw.load_state_dict(load_draw(checkpoint).state_dict())
         for learner, name in ((self.task, "task"), (self.explore, "explore")):
-            for actor in (learner.policy.actor, learner.mean_actor):
-                actor.load_state_dict(checkpoint[f"{name}_actor"])
-        for critic in (self.task.policy.critic, self.task.policy.slow_critic):
-            critic.load_state_dict(checkpoint["task_critic"])
+            found = load_module(checkpoint, f"{name}_actor", lambda: Actor(sizes)).state_dict()
+            learner.policy.actor.load_state_dict(found)
+            learner.mean_actor.load_state_dict(found)
+        found = load_module(checkpoint, "task_critic", lambda: Critic(sizes)).state_dict()
+        self.task.policy.critic.load_state_dict(found)
+        self.task.policy.slow_critic.load_state_dict(found)
         self.publish()
 
-    def wait_for_rows(self, recorders):
+    def read(self):
+        """Takes in what was recorded: how many files"""
+        if not all(process.is_alive() for process in self.recorders):
+            raise UserError("a process that records has ended; above it says why")
+        return self.rows.read(self.folder, self.real)
+
+    def wait_for_rows(self):
         while len(self.rows) * SEGMENT < self.args.begin:
-            if not all(process.is_alive() for process in recorders):
-                raise UserError("a process that records has ended; above it says why")
-            if not self.rows.read(self.folder, self.real):
+            if not self.read():
                 time.sleep(0.2)
         print(f"{len(self.rows) * SEGMENT} rows", flush=True)
         self.begin = time.time()
-
-    def passed(self):
-        """The share of the time that has passed"""
-        return (time.time() - self.begin) / (60 * self.args.minutes)
 
     def publish(self):
         """Writes the weights for the recorders."""
@@ -456,7 +469,7 @@ class Training:
         now = time.time()
         wanted = self.args.begin + self.args.rate * (now - self.begin)
         if self.updates % 4 == 0 and self.rows.added * SEGMENT < wanted:
-            self.rows.read(self.folder, self.real)
+            self.read()
         if by_policies and now - self.published > 8:
             self.publish()
         if now - self.shown > 10:
@@ -467,6 +480,9 @@ class Training:
         line = {"seconds": round(self.shown - self.begin), "part": part, "updates": self.updates}
         line["rows"] = self.rows.added * SEGMENT
         line |= {name: float(f"{float(value):.4g}") for name, value in self.metrics.items()}
+        wrong = [name for name, value in line.items() if name != "part" and not np.isfinite(value)]
+        if wrong:
+            raise UserError(f"{wrong[0]} is not finite; nothing was saved")
         if self.real:
             line["real return of 500 steps"] = round(500 * float(np.mean(self.real)), 1)
         self.lines.append(line)
@@ -493,8 +509,9 @@ def learn_all(t, args, settings):
         stage1.gradient_step(ensemble_adam, error, 100.0)
         return {key: value.detach() for key, value in found.items()}, z, sigma
 
-    model_step = Graphed("world model", model_step)
-    while (p := t.passed() / args.joint) < 1.0:
+    model_step = Graphed("world model", model_step, t.device)
+    began = time.time()
+    while (p := (time.time() - began) / (60 * args.minutes * args.joint)) < 1.0:
         rate = args.lr * min(1.0, (t.updates + 1) / 300) * (0.55 + 0.45 * math.cos(math.pi * p))
         set_rate(draw_adam, rate)
         set_rate(ensemble_adam, rate)
@@ -512,11 +529,13 @@ def learn_all(t, args, settings):
                 result = learner.improve(*start)
                 t.metrics |= imagined(result) if learner is t.task else {}
         t.serve(1, by_policies)
+    t.show(1)
 
 
 def learn_on_latents(t, args, settings):
     """The second part: f, the reward head and the task policy; the encoder is frozen."""
     draw, rows, device = t.draw, t.rows, t.device
+    t.metrics = {}
 
     @torch.no_grad()
     def encode(place):
@@ -548,10 +567,11 @@ def learn_on_latents(t, args, settings):
         sigma = softmax(draw.observe(z, action, is_first))
         return log_q.float().exp(), sigma  # lookahead starts from q itself, as in stage 3
 
-    f_step = Graphed("f", f_step)
-    begin_states = Graphed("starts", begin_states)
-    began = t.passed()
-    while (p := (t.passed() - began) / (1.0 - began)) < 1.0:
+    f_step = Graphed("f", f_step, device)
+    begin_states = Graphed("starts", begin_states, device)
+    began = time.time()
+    seconds = 60 * args.minutes * (1.0 if args.model else 1.0 - args.joint)
+    while (p := (time.time() - began) / seconds) < 1.0:
         fall = 0.5 + 0.5 * math.cos(math.pi * p)
         set_rate(f_adam, args.f_lr * (0.02 + 0.98 * fall))
         set_rate(t.task.adam, 1e-3 * fall, 3e-3 * fall)
@@ -592,20 +612,48 @@ def save(t, args, settings, sizes):
     print(f"wrote {args.out}", flush=True)
 
 
+def check(args):
+    """Raises UserError for a flag that makes no sense."""
+    check_range(args, 1e-3, 10**5, "minutes")
+    check_range(args, 0.01, 0.99, "joint")
+    check_range(args, 1, 1000, "recorders")
+    check_range(args, 1e-9, 10**9, "rate", "hold", "gain")
+    check_range(args, SEGMENT * TOGETHER, 10**9, "rows")
+    check_range(args, 1, args.rows // SEGMENT * SEGMENT, "begin")
+    check_range(args, 2, SEGMENT, "length")
+    check_range(args, 1, 65536, "batch", "f_batch", "states", "ahead", "policy_every")
+    check_range(args, 1, args.batch * args.length, "starts")
+    check_range(args, 0, 10**9, "policy_start", "start_speed", "act_noise", "vector_scale", "kept")
+    check_range(args, 0, 1, "gamma", "open_loop", "lr", "f_lr")
+
+
+def interrupted(*_):
+    """Ends the script from a signal handler, where print is not allowed."""
+    os.write(2, b"\ninterrupted; nothing was saved\n")
+    raise SystemExit(130)
+
+
 def main(args: Args):
     device = prepare(args)
+    on_interrupt(interrupted)
+    check(args)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
-    if args.starts > args.batch * args.length:
-        raise UserError("--starts must be at most --batch times --length")
     flags = {"image_size": 64, "S": 96, "units": 256, "image_scale": 100.0}
-    same = (
-        "env_id seed hold gain start_speed batch length starts states gamma ahead lr vector_scale"
-    )
+    same = "env_id seed hold gain start_speed batch length starts states gamma ahead lr "
+    same += "vector_scale policy_every policy_start"
     flags |= {name: getattr(args, name) for name in same.split()}
     settings = dataclasses.replace(stage1.LAPTOP, run_dir=None, **flags)
     envs = make_envs(args.env_id, 1, settings.image_size)
     networks = ("S", "K", "cnn_depth", "vector_units", "vector_layers", "units", "actor_units")
     sizes = sizes_of(envs, **{name: getattr(settings, name) for name in networks})
+    checkpoint = None
+    if args.model is not None:
+        checkpoint = load_checkpoint(args.model, ("draw_pretrain",), device)
+        with explained(f"{args.model} is damaged: its sizes make no sense"):
+            sizes = Sizes(**checkpoint["sizes"])
+        check_sizes(args.env_id, envs, sizes)
     envs.close()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     in_memory = os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 2**31
@@ -617,10 +665,10 @@ def main(args: Args):
         recorders.append(spawn.Process(target=record, args=given, daemon=True))
         recorders[-1].start()
     try:
-        training = Training(args, settings, sizes, folder, device)
-        if args.model is not None:
-            training.go_on_from(args.model)
-        training.wait_for_rows(recorders)
+        training = Training(args, settings, sizes, folder, recorders, device)
+        if checkpoint is not None:
+            training.go_on_from(checkpoint)
+        training.wait_for_rows()
         if args.model is None:
             learn_all(training, args, settings)
         learn_on_latents(training, args, settings)

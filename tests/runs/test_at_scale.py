@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import TINY
+import tyro
+from helpers import TINY, user_error
 from stages import ROOT, TOY
 
 from common import DRAW, Rectified, Sizes, kl_categorical, load_checkpoint, load_dataset, softmax
@@ -98,6 +99,26 @@ def test_rows_lie_together(tmp_path):
     assert len(rows) == 4 and rows.sample(400, 1)["vector"].min() >= 1000
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--recorders 0", "--recorders"),
+        ("--joint 1", "--joint"),
+        ("--rows 100", "--rows"),
+        ("--rows 8000 --begin 9000", "--begin"),
+        ("--length 200", "--length"),
+        ("--starts 2000", "--starts"),
+        (f"--model {ROOT}/docs/pretrained/pendulum.pt", "image_size"),
+        ("--model nowhere.pt", "nowhere.pt"),
+    ],
+)
+def test_bad_flags_end_in_one_line(flags, words, tmp_path):
+    given = ["--out", str(tmp_path / "draw.pt"), "--device", "cpu", *flags.split()]
+    with user_error(words):
+        at_scale.main(tyro.cli(at_scale.Args, args=given))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_tiny_run_and_one_that_goes_on(tmp_path):
     """In the second part, which alone makes the second run, f and the reward head learn."""
     small = "--recorders 2 --begin 1600 --rows 8000 --batch 4 --length 8 --starts 16 --states 16 "
@@ -108,13 +129,17 @@ def test_a_tiny_run_and_one_that_goes_on(tmp_path):
         script = str(ROOT / "docs/pretrained/at_scale.py")
         command = [sys.executable, script, "--env-id", TOY[0], "--out", out, *flags.split()]
         env = os.environ | {"PYTHONPATH": f"{ROOT}/tests/support", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
+        command = list(map(str, command))
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return load_checkpoint(out, ("draw_pretrain",))
 
     one = train("one", f"{small} --minutes 0.15")
-    parts = [line["part"] for line in json.loads((tmp_path / "one/log.json").read_text())]
-    assert parts[-1] == 2
+    lines = json.loads((tmp_path / "one/log.json").read_text())
+    first, second = (next(x for x in lines[::-1] if x["part"] == part) for part in (1, 2))
+    assert second["updates"] > first["updates"] > 0
+    assert "imagined return" in first and "world_model/kl" in first and "f/kl" in second
+    assert "world_model/kl" not in second
     rows = load_dataset(tmp_path / "one/rows.npz", Sizes(**one["sizes"]))
     assert len(rows["is_first"]) == 2 * SEGMENT and rows["is_first"][SEGMENT]
     assert set(one["source_range"]) >= {"kl", "image error"}
