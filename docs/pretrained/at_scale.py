@@ -81,7 +81,7 @@ class Args:
     rate: float = 2500.0  # rows a second that are taken in at most
     rows: int = 1_200_000  # the newest so many are kept, on the GPU
     begin: int = 40_000  # rows before the first update
-    start_speed: float = 8.0  # of most recorders; the first one starts as the environment does
+    start_speed: float = 8.0  # of the recorders that start fastest; others start slower or at rest
     hold: float = 6.0  # steps that a random action lasts on average
     gain: float = 1.5  # random actions lie in +-gain, then cut to +-1
     act_noise: float = 1.0  # of the task policy, where it predicts no reward
@@ -192,7 +192,7 @@ class Rows:
             for key, (shape, kind) in shapes.items()
         }
         self.paid = None  # (n,), numbers of rows with a reward
-        self.encode = None  # in the second part: image, vector -> log_q
+        self.encode = None  # in the second part: numbers of segments -> their log_q
 
     def __len__(self):
         return min(self.added, self.size)
@@ -248,7 +248,7 @@ class Rows:
 
 
 class Graphed:
-    """function(*tensors) -> tensors or a dict of them, recorded as a CUDA graph at the first call.
+    """function(*tensors) -> tensors, dicts of them or nothing, a CUDA graph from the first call on.
 
     The results lie where the last call's did, so they are to be copied or used before the next.
     Where there is no GPU, or recording fails, the function is simply called.
@@ -295,8 +295,8 @@ class Graphed:
 
 
 def compile_cnn(cnn):
-    """Compiles a part of the world model, for its updates; without gradients it stays as it is.
-    The layers' many small operations on few channels are the larger part of an update's time."""
+    """Compiles encoder or decoder, for updates; without gradients it stays as it is. LayerNorm over
+    few channels is slow on a GPU otherwise."""
     eager = cnn.forward
     fast = torch.compile(eager, dynamic=False)
     torch._dynamo.config.suppress_errors = True  # what does not compile runs as it is
@@ -362,7 +362,8 @@ class Learner:
 
 
 def latent_loss(draw, dynamics, log_q, z, data, open_loop):
-    """f's KL on sequences of latents, and the reward head's loss on the same.
+    """1.5 KL(q || p), which teaches f, and the reward head's loss, on sequences of latents. No free
+    nats: they keep a latent from collapsing, and here it is fixed.
 
     In the first `open_loop` sequences z_{t-1} is f's own prediction, with the gradient through
     time, where the sequence does not begin anew. Returns: loss, KL and the reward's loss, ().
@@ -445,6 +446,7 @@ class Training:
         return self.rows.read(self.folder, self.real)
 
     def wait_for_rows(self):
+        """Until --begin rows are there; the clock of the log starts then."""
         while len(self.rows) * SEGMENT < self.args.begin:
             if not self.read():
                 time.sleep(0.2)
@@ -476,6 +478,7 @@ class Training:
             self.show(part)
 
     def show(self, part):
+        """A line of figures. UserError: one is not finite, so there is nothing to save."""
         self.shown = time.time()
         line = {"seconds": round(self.shown - self.begin), "part": part, "updates": self.updates}
         line["rows"] = self.rows.added * SEGMENT
@@ -641,9 +644,9 @@ def main(args: Args):
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
     flags = {"image_size": 64, "S": 96, "units": 256, "image_scale": 100.0}
-    same = "env_id seed hold gain start_speed batch length starts states gamma ahead lr "
-    same += "vector_scale policy_every policy_start"
-    flags |= {name: getattr(args, name) for name in same.split()}
+    given = "env_id seed hold gain start_speed batch length starts states gamma ahead lr "
+    given += "vector_scale policy_every policy_start"
+    flags |= {name: getattr(args, name) for name in given.split()}
     settings = dataclasses.replace(stage1.LAPTOP, run_dir=None, **flags)
     envs = make_envs(args.env_id, 1, settings.image_size)
     networks = ("S", "K", "cnn_depth", "vector_units", "vector_layers", "units", "actor_units")
