@@ -366,7 +366,10 @@ def latent_loss(draw, dynamics, log_q, z, data, open_loop):
     nats: they keep a latent from collapsing, and here it is fixed.
 
     In the first `open_loop` sequences z_{t-1} is f's own prediction, with the gradient through
-    time, where the sequence does not begin anew. Returns: loss, KL and the reward's loss, ().
+    time, where the sequence does not begin anew.
+
+    Args: log_q, z (B, T, S, K), z samples of q; data: action (B, T, A), reward, is_first (B, T).
+    Returns: loss, KL and the reward's loss, ().
     """
     first = torch.cat([torch.ones_like(data["is_first"][:, :1]), data["is_first"][:, 1:]], 1)
     z0, sigma0 = draw.initial()
