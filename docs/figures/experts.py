@@ -347,6 +347,8 @@ def record(
     out: Path,
     rows: int = 40_000,
     noise: float = 0.0,
+    jitter: float = 0.0,
+    episode_steps: int = 500,
     image_size: Literal[32, 64] = 64,
     seed: int = 1000,
 ):
@@ -357,10 +359,13 @@ def record(
         out: the .npz file to write
         rows: how many; the last episode may be cut short
         noise: share of steps with a random action, which is held for 32 steps
+        jitter: the expert's other actions get noise that lasts 4 steps; its deviation is drawn for
+            each episode, from 0 to this, so that some attempts fail narrowly
+        episode_steps: of each episode; shorter: more of them, so more start states
         image_size: pixels
         seed: of the first episode; each further one has the next
     """
-    env = gym.make(env_id, image_size=image_size)
+    env = gym.make(env_id, image_size=image_size, max_episode_steps=episode_steps)
     _, expert, _ = load_expert(env_id)
     rng = np.random.default_rng(seed)
     data = {name: [] for name in ("image", "vector", "action", "is_first", "is_last")}
@@ -370,12 +375,17 @@ def record(
         seed += 1
         age = 0
         last = False
+        deviation = jitter * rng.random() if jitter else 0.0
         while True:
             if age % HOLD == 0:
                 is_random = rng.random() < noise
                 # Mostly at full force: it throws the expert into states that it never seeks.
                 held = rng.uniform(-4.0, 4.0, env.action_space.shape).clip(-1.0, 1.0)
+            if deviation and age % 4 == 0:
+                shake = deviation * rng.standard_normal(env.action_space.shape)
             action = held if is_random else expert(true_state(env))
+            if deviation and not is_random:
+                action = (action + shake).clip(-1.0, 1.0)
             data["image"].append(observation["image"])
             data["vector"].append(observation["vector"])
             data["action"].append(action.astype(np.float32))
