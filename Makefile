@@ -71,6 +71,8 @@ SIZES = $(if $(filter pendulum,$(PAIR)),,$(LARGER))
 POLICY_reacher = --gamma 0.97 --ahead 8 --states 160 $(ACT_reacher)
 # Noise frees its arm where it rests in a wrong place.
 ACT_reacher = --act-noise 1
+POLICY_cup = --gamma 0.98 --ahead 8 --states 160
+TARGET3_cup = --warm-start both
 POLICY_finger = --gamma 0.98 --ahead 8 --states 160 $(ACT_finger)
 ACT_finger = --act-noise 1
 TARGET2_reacher = --method lowrank --rank 3 --lr 5e-3 --updates 2500
