@@ -1,5 +1,5 @@
 ## make demo          stages 2 and 3 in the shipped world model, a table and a film; SEED=1,
-##                    PAIR=pendulum, reacher, cup or finger (the last two are not solved)
+##                    PAIR=pendulum, reacher, cup or finger (the last two fail in the target)
 ## make scratch       all three stages from nothing; PAIR=pendulum|cup|finger|reacher
 ## make test          the tests, without those that drive a Duckiebot or need its simulator
 ## make lint, format  ruff: look at the form, or mend it
