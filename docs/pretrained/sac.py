@@ -254,7 +254,7 @@ def learn_dynamics(args, draw, data):
     for update in bar:
         fall = 0.5 + 0.5 * math.cos(math.pi * update / args.f_updates)
         adam.param_groups[0]["lr"] = 1e-3 * max(0.03, fall) * min(1.0, (update + 1) / 100)
-        start = np.random.randint(0, len(train) - 15, 96)
+        start = np.random.randint(0, len(train) - 15, 64)
         rows = torch.from_numpy(train[start[:, None] + np.arange(16)])
         log_q = data["log_q"][rows].float()
         z = sample_onehot(log_q.exp())
