@@ -71,6 +71,7 @@ SIZES = $(if $(filter pendulum,$(PAIR)),,$(LARGER))
 POLICY_reacher = --gamma 0.97 --ahead 8 --states 160 $(ACT_reacher)
 # Noise frees its arm where it rests in a wrong place.
 ACT_reacher = --act-noise 1
+# Its source policy came from SAC, so the adapted one begins with it.
 POLICY_cup = --gamma 0.98 --ahead 8 --states 160
 TARGET3_cup = --warm-start both
 POLICY_finger = --gamma 0.98 --ahead 8 --states 160 $(ACT_finger)

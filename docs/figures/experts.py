@@ -365,6 +365,8 @@ def record(
         image_size: pixels
         seed: of the first episode; each further one has the next
     """
+    if not 0.0 <= jitter <= 10.0 or not 1 <= episode_steps <= 500:
+        sys.exit("error: --jitter must be from 0 to 10, --episode-steps from 1 to 500")
     env = gym.make(env_id, image_size=image_size, max_episode_steps=episode_steps)
     _, expert, _ = load_expert(env_id)
     rng = np.random.default_rng(seed)

@@ -13,11 +13,13 @@ target does not have. So this differs from the paper, whose source policy learns
 3. f and the reward head learn from all these rows. They hold failures, near misses and successes,
    so f learns where its promises were wrong. The encoder stays as it is.
 
-SAC's rows and networks are kept beside `out`; the same command goes on from them. It needs sbx-rl:
+When SAC has finished, its rows and networks are kept beside `out`; the same command goes on from
+them. For environments that end by their time limit alone. It needs sbx-rl:
 docs/figures/requirements.txt.
 """
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +50,11 @@ from common import (  # noqa: E402
     load_draw,
     load_module,
     make_envs,
+    on_interrupt,
     prepare,
     sample_onehot,
     save_checkpoint,
+    seed_everything,
     twohot_log_prob,
 )
 from redraw_adapt import mean_kl  # noqa: E402
@@ -66,7 +70,9 @@ class Args:
     updates: float = 0.5  # of SAC a step
     n_envs: int = 8
     episode_steps: int = 150  # shorter than the environment's episodes: more start states
-    start_speed: float = 4.0  # half of the episodes start with velocities of up to this
+    start_speed: float = (
+        4.0  # redraw/ ones: half of the episodes start with velocities of up to this
+    )
     gamma: float = 0.98
     copy_updates: int = 6000
     f_updates: int = 12_000
@@ -149,12 +155,15 @@ def learn_from_rewards(args, draw, actor, envs):
             action = own_actions(actor, log_q, noise)
         else:
             action = np.asarray(sac.policy.predict(flat(log_q))[0], np.float32)
-        rows.append((log_q.half(), torch.from_numpy(action), arrived.copy(), first))
+        rows.append((log_q.half(), torch.from_numpy(action), arrived, first))
         results = [env.step(a) for env, a in zip(envs, action, strict=True)]
         observations, reward, terminal, truncated, _ = map(list, zip(*results, strict=True))
         reached = beliefs(draw, observations)
-        first = np.array(terminal) | np.array(truncated)
-        cut = [{"TimeLimit.truncated": not end} for end in terminal]
+        if any(terminal):
+            raise UserError(f"{args.env_id} ends before its time limit; SAC here can't learn that")
+        first = np.array(truncated)
+        # SAC goes on from the last state of a cut episode as if there were further ones.
+        cut = [{"TimeLimit.truncated": bool(late)} for late in truncated]
         given = (flat(log_q), flat(reached), action, np.float32(reward), np.float32(first))
         sac.replay_buffer.add(*given, cut)
         arrived = np.where(first, 0.0, reward).astype(np.float32)
@@ -163,7 +172,7 @@ def learn_from_rewards(args, draw, actor, envs):
         log_q = beliefs(draw, observations) if first.any() else reached
         if step >= args.prefill:
             owed += args.updates * n
-        if owed >= 8:  # always 8: JAX compiles each number anew
+        while owed >= 8:  # always 8: JAX compiles each number anew
             sac.train(gradient_steps=8, batch_size=256)
             owed -= 8
         bar.update(n)
@@ -172,9 +181,14 @@ def learn_from_rewards(args, draw, actor, envs):
     bar.close()
     parts = zip(*rows, strict=True)
     log_q, action, reward, first = (torch.stack([*map(torch.as_tensor, part)], 1) for part in parts)
-    first[:, 0] = True
     data = {"log_q": log_q, "action": action, "reward": reward, "is_first": first}
     return {name: x.flatten(0, 1) for name, x in data.items()}, networks_of(sac)
+
+
+def check_finite(what, weights):
+    """Raises UserError if a network's weights, a dict of tensors, are not finite."""
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise UserError(f"{what} diverged: its weights are not finite; nothing of it was saved")
 
 
 def networks_of(sac):
@@ -274,6 +288,7 @@ def learn_dynamics(args, draw, data):
 def main(args: Args):
     check(args)
     prepare(args)
+    on_interrupt(interrupted)
     checkpoint = load_checkpoint(args.model, ("draw_pretrain",))
     draw = load_draw(checkpoint)
     actor = load_module(checkpoint, "task_actor", lambda: Actor(draw.sizes))
@@ -286,21 +301,25 @@ def main(args: Args):
     of_sac["model"] = checksum(args.model)
     if not rows_file.exists():
         data, weights = learn_from_rewards(args, draw, actor, envs.envs)
+        check_finite("SAC", weights)
         save_checkpoint(rows_file, stage="sac", flags=of_sac, data=data, weights=weights)
     envs.close()
     found = load_checkpoint(rows_file, ("sac",))
-    if found["flags"] != of_sac:
-        raise UserError(
-            f"{rows_file} was made with other flags; delete it, or choose another --out"
-        )
-    data, weights = found["data"], found["weights"]
+    with explained(f"{rows_file} is damaged; delete it"):
+        data, weights, before = found["data"], found["weights"], found["flags"]
+        other = ", ".join(name for name in of_sac if before[name] != of_sac[name])
+    if other:
+        raise UserError(f"{rows_file} was made with another {other}; delete it, or change --out")
+    seed_everything(args.seed)  # so that a run that goes on ends as one in a piece
     policy = copied(args, draw, data, weights)
     kl = learn_dynamics(args, draw, data)
+    check_finite("the copy of SAC", policy.state_dict())
+    check_finite("f", draw.state_dict())
     del checkpoint["file"]
     checkpoint["draw"] = draw.state_dict()
     checkpoint["task_actor"] = policy.actor.state_dict()
     checkpoint["task_critic"] = policy.critic.state_dict()
-    checkpoint["args"]["learn"] = "lookahead"  # it acts by its mean
+    checkpoint["args"]["learn"] = "lookahead"  # its policies act by their mean
     if checkpoint.get("source_range"):
         checkpoint["source_range"]["kl"] = kl
     save_checkpoint(args.out, **checkpoint)
@@ -310,13 +329,24 @@ def main(args: Args):
 def check(args):
     """Raises UserError for a flag that makes no sense."""
     check_range(args, 2, 1000, "n_envs")
-    check_range(args, args.n_envs * 32, 10**8, "steps")
-    check_range(args, 8 * args.n_envs, args.steps, "prefill")
-    check_range(args, 0, 100, "updates")
     check_range(args, 2, 10**6, "episode_steps")
+    # Every 20th episode is held out: two at least.
+    check_range(args, 40 * max(args.episode_steps, 8), 10**8, "steps")
+    check_range(args, 8 * args.n_envs, args.steps // 2, "prefill")
+    check_range(args, 0.01, 100, "updates")
     check_range(args, 0, 10**6, "start_speed")
     check_range(args, 0, 1, "gamma")
     check_range(args, 1, 10**9, "copy_updates", "f_updates")
+    if args.out.is_dir() or args.out.resolve() == args.model.resolve():
+        raise UserError(f"--out {args.out} must be a new file")
+    with explained(f"can't write beside --out {args.out}", OSError):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def interrupted(*_):
+    """Ends the script from a signal handler, where print is not allowed."""
+    os.write(2, b"\ninterrupted; if SAC has finished, the same command goes on from its rows\n")
+    raise SystemExit(130)
 
 
 if __name__ == "__main__":

@@ -162,6 +162,22 @@ def test_what_the_expert_records_is_what_acts(monkeypatch):
     assert expert(np.array([-1.0, 0.0, 0.1])) == 1.0  # at the bottom, full torque
 
 
+def test_recorded_episodes_are_short_and_shaken(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FIGURES))
+    experts = importlib.import_module("experts")
+    recorded = []
+    for jitter in (0.0, 1.0):
+        out = tmp_path / f"{jitter}.npz"
+        given = {"jitter": jitter, "episode_steps": 20, "image_size": 32}
+        experts.record("redraw/PendulumSwingup-v0", out, rows=63, **given)
+        recorded.append(np.load(out))
+        assert (np.flatnonzero(recorded[-1]["is_first"]) == [0, 21, 42]).all()
+    plain, shaken = (rows["action"] for rows in recorded)
+    assert np.abs(plain - shaken).max() > 0.1 and np.abs(shaken).max() <= 1.0
+    with pytest.raises(SystemExit, match="--jitter"):
+        experts.record("redraw/PendulumSwingup-v0", out, jitter=float("nan"))
+
+
 @pytest.mark.parametrize("env_id", ["redraw/FingerTurnHard-v0", "redraw/FingerTurnHardTorque-v0"])
 def test_the_fingers_planner_knows_what_will_happen(monkeypatch, env_id):
     """The planner sees the task's state alone; MuJoCo goes on from it as the environment does."""

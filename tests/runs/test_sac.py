@@ -8,7 +8,7 @@ import pytest
 import torch
 import tyro
 from helpers import TINY, user_error
-from stages import ROOT, TOY
+from stages import ROOT
 
 from common import (
     DRAW,
@@ -24,8 +24,9 @@ from common import (
 sys.path.insert(0, str(ROOT / "docs/pretrained"))
 import sac  # noqa: E402
 
-SMALL = "--steps 400 --prefill 40 --n-envs 2 --episode-steps 7 --copy-updates 60 --f-updates 40"
-SMALL += f" --env-id {TOY[0]}"
+TOY = "toy_env:Toy-v0"  # it ends at position 1
+SMALL = "--steps 400 --prefill 40 --n-envs 2 --episode-steps 5 --copy-updates 60 --f-updates 40"
+SMALL += " --env-id toy_env:ToyGoal-v0"
 
 
 def arguments(flags, tmp_path, model="model.pt"):
@@ -122,7 +123,7 @@ def test_rows_and_what_sac_learns_from(tmp_path, monkeypatch):
     np.testing.assert_allclose(z[0], known[4], atol=1e-5)
     np.testing.assert_allclose(reached[0], known[5], atol=1e-5)
     assert reward[0] == np.float32(0.5) and done[0] == 1 and infos[0]["TimeLimit.truncated"]
-    assert fake.added[3][4][0] == 0
+    assert fake.added[3][4][0] == 0 and not fake.added[3][5][0]["TimeLimit.truncated"]
     # 180 steps in two environments were its own, half an update each, always eight at once.
     assert fake.trained == 176
     assert (data["action"][20:200] == 0.5).all() and not (data["action"][:20] == 0.5).all()
@@ -172,11 +173,45 @@ def test_a_tiny_run(tmp_path, monkeypatch):
     assert made["source_range"]["kl"] != 99.0 and made["args"]["learn"] == "lookahead"
     monkeypatch.setattr(sac, "learn_from_rewards", None)  # is not called again
     sac.main(arguments("--f-updates 2", tmp_path))
-    with user_error("other flags"):
-        sac.main(arguments("--gamma 0.9", tmp_path))
+    with user_error("another gamma, seed"):
+        sac.main(arguments("--gamma 0.9 --seed 2", tmp_path))
+    rows = dict(load_checkpoint(tmp_path / "out.rows.pt", ("sac",)))
+    del rows["weights"], rows["file"]
+    save_checkpoint(tmp_path / "out.rows.pt", **rows)
+    with user_error("out.rows.pt is damaged"):
+        sac.main(arguments("", tmp_path))
 
 
-@pytest.mark.parametrize("flags, name", [("--n-envs 1", "--n-envs"), ("--gamma 2", "--gamma")])
+def test_what_diverged_is_not_saved(tmp_path, monkeypatch):
+    write_model(tmp_path / "model.pt")
+    monkeypatch.setattr(sac, "new_sac", FakeSac)
+    weights = sac_networks(TINY)
+    weights["actor.Dense_2.bias"][0] = torch.nan
+    monkeypatch.setattr(sac, "networks_of", lambda _: weights)
+    with user_error("SAC diverged"):
+        sac.main(arguments("", tmp_path))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_environment_that_ends_by_itself(tmp_path, monkeypatch):
+    write_model(tmp_path / "model.pt")
+    monkeypatch.setattr(sac, "new_sac", FakeSac)
+    with user_error("ends before its time limit"):
+        sac.main(arguments(f"--episode-steps 10 --env-id {TOY}", tmp_path))
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        ("--n-envs 1", "--n-envs"),
+        ("--gamma 2", "--gamma"),
+        ("--updates 0", "--updates"),
+        ("--steps 100", "--steps"),
+        ("--prefill 300", "--prefill"),
+        ("--out model.pt --model model.pt", "new file"),
+        ("--out .", "new file"),
+    ],
+)
 def test_bad_flags_end_in_one_line(flags, name, tmp_path):
     with user_error(name):
         sac.main(arguments(flags, tmp_path))
@@ -185,8 +220,18 @@ def test_bad_flags_end_in_one_line(flags, name, tmp_path):
 def test_with_sbx(tmp_path):
     """What the copied networks say is what SAC's own say."""
     pytest.importorskip("sbx")
+    import jax
+
     args = arguments("--steps 400", tmp_path)
     model = sac.new_sac(args, TINY)
+    # New biases are 0 and new scales 1, so that a lost one would not be seen.
+    rng = np.random.default_rng(0)
+    for name in ("actor_state", "qf_state"):
+        state = getattr(model.policy, name)
+        moved = jax.tree.map(
+            lambda x: x + 0.3 * rng.normal(size=x.shape).astype(x.dtype), state.params
+        )
+        setattr(model.policy, name, state.replace(params=moved))
     weights = sac.networks_of(model)
     x = torch.rand(5, TINY.S * TINY.K)
     action = model.policy.predict(x.numpy(), deterministic=True)[0]
