@@ -377,6 +377,7 @@ def record(
         seed += 1
         age = 0
         last = False
+        # Without jitter no number is drawn for it, so that older records repeat.
         deviation = jitter * rng.random() if jitter else 0.0
         while True:
             if age % HOLD == 0:

@@ -64,15 +64,13 @@ from redraw_adapt import mean_kl  # noqa: E402
 class Args:
     model: Path  # draw.pt of stage 1 or of at_scale.py, or a packed one
     env_id: str  # the source
-    out: Path  # the checkpoint to write; what the parts write lies beside it
+    out: Path  # the checkpoint to write; SAC's rows and networks lie beside it
     steps: int = 160_000  # of SAC, in all environments together
     prefill: int = 24_000  # of these, the first ones, in which the model's own policy acts
     updates: float = 0.5  # of SAC a step
     n_envs: int = 8
     episode_steps: int = 150  # shorter than the environment's episodes: more start states
-    start_speed: float = (
-        4.0  # redraw/ ones: half of the episodes start with velocities of up to this
-    )
+    start_speed: float = 4.0  # redraw/ ones: half of the episodes start moving, up to this fast
     gamma: float = 0.98
     copy_updates: int = 6000
     f_updates: int = 12_000
@@ -185,12 +183,6 @@ def learn_from_rewards(args, draw, actor, envs):
     return {name: x.flatten(0, 1) for name, x in data.items()}, networks_of(sac)
 
 
-def check_finite(what, weights):
-    """Raises UserError if a network's weights, a dict of tensors, are not finite."""
-    if not all(weight.isfinite().all() for weight in weights.values()):
-        raise UserError(f"{what} diverged: its weights are not finite; nothing of it was saved")
-
-
 def networks_of(sac):
     """SAC's actor and its two Q-networks, as a dict of tensors: "actor.Dense_0.kernel", ..."""
     found = {"actor": sac.policy.actor_state.params["params"]}
@@ -259,9 +251,8 @@ def learn_dynamics(args, draw, data):
     draw.requires_grad_(True)
     dynamics = Rectified(draw)
     episode = data["is_first"].cumsum(0)
-    train, held = (
-        torch.nonzero(part)[:, 0].numpy() for part in (episode % 20 > 0, episode % 20 == 0)
-    )
+    train = torch.nonzero(episode % 20 > 0)[:, 0].numpy()  # row numbers
+    held = torch.nonzero(episode % 20 == 0)[:, 0].numpy()
     learns = [*draw.dynamics_net.parameters(), draw.initial_logits, *draw.reward_head.parameters()]
     adam = torch.optim.Adam(learns, 1e-3)
     bar = tqdm(range(args.f_updates), "f", unit="update", mininterval=1.0)
@@ -282,6 +273,7 @@ def learn_dynamics(args, draw, data):
         if update % 100 == 0:
             bar.set_postfix_str(f"KL {kl:.3g} reward {error:.3g}")
     draw.requires_grad_(False)
+    # Sequences of 8 rows, as stage 1 measures it.
     return mean_kl(draw, dynamics, data | {"log_q": data["log_q"].float()}, held, 8)
 
 
@@ -341,6 +333,12 @@ def check(args):
         raise UserError(f"--out {args.out} must be a new file")
     with explained(f"can't write beside --out {args.out}", OSError):
         args.out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def check_finite(what, weights):
+    """Raises UserError if a network's weights, a dict of tensors, are not finite."""
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise UserError(f"{what} diverged: its weights are not finite; nothing of it was saved")
 
 
 def interrupted(*_):
