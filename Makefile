@@ -10,8 +10,7 @@
 ## make clean         deletes .venv and runs
 ## All install what they need into .venv. STAGE1, STAGE2 and STAGE3 add flags to a stage, e.g.
 ## make demo STAGE3="--updates 1200"; PYTHON=python3.12 takes another Python. An interrupted one goes on.
-help:
-	@sed -n 's/^## \{0,1\}//p' Makefile
+help: ; @sed -n 's/^## \{0,1\}//p' Makefile
 
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -31,8 +30,7 @@ demo scratch duckietown: export OMP_NUM_THREADS ?= 1
 	@touch $@
 .venv/duckietown: requirements-duckietown.txt requirements-duckietown-no-deps.txt .venv/installed
 	@.ci/system_packages.sh glu
-	$(PIP) -r requirements-duckietown.txt
-	$(PIP) --no-deps -r requirements-duckietown-no-deps.txt
+	$(PIP) -r requirements-duckietown.txt && $(PIP) --no-deps -r requirements-duckietown-no-deps.txt
 	@touch $@
 duckietown-install: .venv/duckietown
 test: .venv/installed
@@ -46,8 +44,7 @@ format: .venv/installed
 	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 bench: .venv/installed
 	$(PY) tests/benchmarks/bench_run.py $(BENCH)
-clean:
-	rm -rf .venv runs
+clean: ; rm -rf .venv runs
 # ---- Source -> target; a finished stage is not made again -----------------------------------------
 PAIR_pendulum = PendulumSwingup Reversed
 PAIR_cup = BallInCupCatch Windy
@@ -69,11 +66,9 @@ SIZES = $(if $(filter pendulum,$(PAIR)),,$(LARGER))
 # its target a change of rank 3 fits the same rows better than a residual; the critic begins with the
 # source's, because a state's value hardly changes with the dynamics.
 POLICY_reacher = --gamma 0.97 --ahead 8 --states 160 $(ACT_reacher)
-# Noise frees its arm where it rests in a wrong place.
-ACT_reacher = --act-noise 1
-# Its source policy came from SAC, so the adapted one begins with it.
+ACT_reacher = --act-noise 1 # frees an arm that rests in a wrong place
 POLICY_cup = --gamma 0.98 --ahead 8 --states 160
-TARGET3_cup = --warm-start both
+TARGET3_cup = --warm-start both # its source policy came from SAC, so the adapted one begins with it
 POLICY_finger = --gamma 0.98 --ahead 8 --states 160 $(ACT_finger)
 ACT_finger = --act-noise 1
 TARGET2_reacher = --method lowrank --rank 3 --lr 5e-3 --updates 2500
@@ -82,7 +77,7 @@ COMMON = --seed $(SEED) --resume
 MODEL ?= docs/pretrained/$(PAIR).pt
 demo: pair .venv/installed
 	$(if $(wildcard $(MODEL)),,$(error $(MODEL) does not exist; make scratch PAIR=$(PAIR) trains a model first))
-	@$(MAKE) --no-print-directory -j2 $(RUNS)/source-policy/done $(RUNS)/adapted-policy/done MODEL=$(MODEL)
+	@$(MAKE) --no-print-directory -j2 $(patsubst %,$(RUNS)/%-policy/done,source adapted recorded) MODEL=$(MODEL)
 	$(PY) docs/figures/demo.py --runs $(RUNS) --source $(SOURCE) --target $(TARGET)
 pair:
 	$(if $(PAIR_$(PAIR)),,$(error PAIR must be pendulum, cup, finger or reacher, not '$(PAIR)'))
@@ -97,24 +92,29 @@ $(RUNS)/model.pt: | .venv/installed
 	$(PY) train_policy.py laptop $(POLICY_$(PAIR)) $(STAGE3) --checkpoint $(RUNS)/source/draw.pt \
 		--dataset $(RUNS)/source/replay --run-dir $(RUNS)/source-training $(COMMON)
 	$(PY) docs/pretrained/pack.py --draw $(RUNS)/source/draw.pt --policy $(RUNS)/source-training --out $@
-# Beside the rest, so it writes into a file: this policy at home and, zero-shot, in the target.
+# What runs beside the rest writes into a file. This policy at home and, zero-shot, in the target:
+ASIDE = > $(@D).log 2>&1 || { tail -n 1 $(@D).log >&2; exit 1; }
 $(RUNS)/source-policy/done: | .venv/installed
 	@mkdir -p $(RUNS)
 	$(PY) train_policy.py laptop $(ACT_$(PAIR)) --checkpoint $(MODEL) --updates 0 --warm-start both \
-		--eval-env-ids $(SOURCE) $(TARGET) --run-dir $(RUNS)/source-policy $(COMMON) \
-		> $(RUNS)/source-policy.log 2>&1 || { tail -n 1 $(RUNS)/source-policy.log >&2; exit 1; }
+		--eval-env-ids $(SOURCE) $(TARGET) --run-dir $(@D) $(COMMON) $(ASIDE)
 	@touch $@
-# 2. and 3. the correction, from 40,000 rows of the target without rewards, and a policy in it. 24,000
-# are of a disturbed expert, the others of random actions.
-EXPERT = $(RUNS)/expert.npz
+# 2. the correction, from 40,000 rows of the target, without rewards: a disturbed expert's and random ones
 $(RUNS)/expert.npz: | .venv/installed
 	$(PY) docs/figures/experts.py record --env-id $(TARGET) --rows 24000 --noise 0.5 --image-size $(SIDE) \
 		--seed $(SEED)000 --out $@
-$(RUNS)/adapted-policy/done: $(EXPERT) | .venv/installed
+$(RUNS)/adapted/done: $(RUNS)/expert.npz | .venv/installed
 	$(PY) redraw_adapt.py laptop --checkpoint $(MODEL) --target-env-id $(TARGET) $(COMMON) \
-		--run-dir $(RUNS)/adapted --dataset $(EXPERT) --collect-steps 16000 $(TARGET2_$(PAIR)) $(STAGE2)
-	$(PY) train_policy.py laptop $(POLICY_$(PAIR)) $(TARGET3_$(PAIR)) $(STAGE3) $(COMMON) \
-		--checkpoint $(RUNS)/adapted/best.pt --dataset $(RUNS)/adapted/dataset.npz \
-		--eval-env-ids $(TARGET) --run-dir $(RUNS)/adapted-policy
+		--run-dir $(@D) --dataset $< --collect-steps 16000 $(TARGET2_$(PAIR)) $(STAGE2)
+	@touch $@
+# 3. a policy in it; and a baseline, from the same rows alone, which asks no dynamics
+$(RUNS)/adapted-policy/done: $(RUNS)/adapted/done
+	$(PY) train_policy.py laptop $(POLICY_$(PAIR)) $(TARGET3_$(PAIR)) $(STAGE3) $(COMMON) --run-dir $(@D) \
+		--checkpoint $(RUNS)/adapted/best.pt --dataset $(RUNS)/adapted/dataset.npz --eval-env-ids $(TARGET)
+	@touch $@
+$(RUNS)/recorded-policy/done: $(RUNS)/adapted/done
+	$(PY) train_policy.py laptop $(POLICY_$(PAIR)) --learn recorded --ahead 5 --updates 300 $(STAGE3) \
+		$(COMMON) --warm-start both --run-dir $(@D) --checkpoint $(MODEL) --dataset $(RUNS)/adapted/dataset.npz \
+		--eval-env-ids $(TARGET) $(ASIDE)
 	@touch $@
 include docs/duckietown.mk

@@ -16,8 +16,9 @@ for H steps. There are two ways to learn from them. --learn reinforce is the pap
 r and c: predicted reward and continue of ARRIVING at a state; v: critic's mean; sg: stop-gradient;
 the slow critic follows the critic by 2 % an update; scale = max(return_floor, range of the returns
 from the 5th to the 95th percentile, averaged over some 100 updates). --learn lookahead is this
-project's, for laptops: in imagined states several actions are compared; see `lookahead`. All
-other symbols: common.py.
+project's, for laptops: in imagined states several actions are compared; see `lookahead`. A
+baseline imagines nothing: --learn recorded learns from the dataset's own rows; see
+`recorded_lessons`. All other symbols: common.py.
 
     python train_policy.py laptop --checkpoint runs/adapted/best.pt \
         --dataset runs/adapted/dataset.npz --eval-env-ids redraw/PendulumSwingupReversed-v0 \
@@ -114,13 +115,14 @@ class Args:
     act_noise: float = 0.0
 
     # How actor and critic learn
-    learn: Literal["reinforce", "lookahead"] = "reinforce"
+    learn: Literal["reinforce", "lookahead", "recorded"] = "reinforce"
     lam: float = 0.95  # lambda; larger: returns rest on rewards, smaller: on the critic
     entropy: float = 3e-4  # reinforce: weight of the entropy; larger: more random for longer
     states: int = 256  # lookahead: states an update in which actions are compared; more: slower
     candidates: int = 12  # lookahead: actions compared in each; more: better teachers, slower
-    ahead: int = 2  # lookahead: steps until the critic judges; larger: rests more on the model
-    lesson_steps: int = 6  # lookahead: gradient steps an update, from the last 20 updates' lessons
+    lesson_steps: int = 6  # lookahead, recorded: gradient steps an update
+    # lookahead, recorded: steps until the critic judges; larger: more rests on model or rows
+    ahead: int = 2
 
 
 LAPTOP = Args(
@@ -390,6 +392,66 @@ def gradient_step(optimizer, loss, clip):
     return norm
 
 
+# ---- A baseline without imagination --------------------------------------------------------------
+
+
+@torch.no_grad()
+def recorded_lessons(args, policy, data, n=512):
+    """Lessons from n recorded rows and their own actions; no dynamics has a part in them.
+
+        R  = r_1 + gamma c_1 r_2 + ... + gamma^k c_1 .. c_k v_k of the slow critic
+        w  = (R - v_0) / (d + 0.03 return_floor), cut to 0 .. 1;   d: deviation of R - v_0
+        w' = 0.7 where R > v_0, else 0.3
+
+    k = `ahead`, fewer where the episode ends before. r and c: predicted in the recorded states. So
+    an action is imitated if what followed it was better than usual. w' weighs the critic's lesson:
+    v is more than the mean of what the recorded actions led to, because the policy takes the better
+    ones. After implicit Q-learning (arXiv 2110.06169), but without Q, and with several steps, as if
+    the environment were deterministic.
+
+    Args: data: of `encode`.
+    Returns: lessons z, a, R, w, w', (n or fewer, ...); metrics.
+    """
+    last = len(data["is_first"]) - 1
+    t = torch.randint(last, (n,), device=data["is_first"].device)
+    t = t[~data["is_first"][t + 1]]  # the next row is what its action led to
+    R = 0.0
+    discount = torch.ones(len(t), device=t.device)
+    end = t
+    goes_on = True
+    for k in range(1, args.ahead + 1):
+        row = (t + k).clamp(max=last)
+        goes_on = goes_on & ~data["is_first"][row] & (t + k <= last)
+        reward = data["reward"][row]
+        reward = torch.where(reward.abs() < args.least_reward, 0.0, reward)
+        R = R + goes_on * discount * reward
+        discount = torch.where(goes_on, args.gamma * discount * data["cont"][row], discount)
+        end = torch.where(goes_on, row, end)
+    R = R + discount * twohot_mean(policy.slow_critic(data["log_q"][end].exp()))
+    z = data["log_q"][t].exp()
+    better = R - twohot_mean(policy.critic(z))
+    w = (better / (better.std() + 0.03 * args.return_floor)).clamp(0.0, 1.0)
+    w_critic = torch.where(better > 0.0, 0.7, 0.3)
+    metrics = {"return": R.mean(), "reward": data["reward"][t + 1].mean(), "weight": w.mean()}
+    return {"z": z, "a": data["action"][t], "R": R, "w": w, "w_critic": w_critic}, metrics
+
+
+def recorded_loss(policy, z, a, R, w, w_critic):
+    """w_t (mean of pi(z_t) - a_t)^2 - w'_t log p(R_t), mean of (n,); the arguments are lessons."""
+    error = ((policy.actor(z).mean - a) ** 2).sum(-1)
+    return (w * error - w_critic * twohot_log_prob(policy.critic(z), R)).mean()
+
+
+def improve_from_rows(args, policy, adam, data):
+    """One update of a policy from recorded rows; data: of `encode`. Returns metrics."""
+    for _ in range(args.lesson_steps):
+        lessons, metrics = recorded_lessons(args, policy, data)
+        loss = recorded_loss(policy, **lessons)
+        metrics["grad_norm"] = gradient_step(adam, loss, 100.0)
+        policy.update_slow_critic(0.05)
+    return metrics | {"lesson_loss": loss}
+
+
 # ---- The loop ------------------------------------------------------------------------------------
 
 
@@ -409,7 +471,7 @@ def main(args):
     policy = begin_policy(args, checkpoint, draw.sizes).to(device)
     adam = policy_adam(args, policy)
     mean_actor = copy.deepcopy(policy.actor)  # the average that acts; policy.actor learns
-    by_mean = args.learn == "lookahead"
+    by_mean = args.learn != "reinforce"
     deployed = Policy(draw.sizes, draw, mean_actor, by_mean, args.act_noise)
     inputs = [path for path in (args.checkpoint, args.dataset) if path]
     run = Run(args.run_dir or f"runs/policy-{args.seed}", args, inputs)
@@ -434,8 +496,11 @@ def main(args):
     bar = tqdm(total=args.updates, initial=begin, unit="update", mininterval=1.0)
     for update in range(begin + 1, args.updates + 1):
         set_learning_rate(args, adam, update)
-        start = continued(args, ends, *start_states(args, draw, rectified, data))
-        metrics, ends = improve(args, draw, rectified, policy, adam, memory, *start, reward_of)
+        if args.learn == "recorded":
+            metrics = improve_from_rows(args, policy, adam, data)
+        else:
+            start = continued(args, ends, *start_states(args, draw, rectified, data))
+            metrics, ends = improve(args, draw, rectified, policy, adam, memory, *start, reward_of)
         rate = max(1.0 / update, 1.0 - args.ema_decay)  # at first a plain mean
         follow(mean_actor, policy.actor, rate)
         bar.update()
@@ -443,9 +508,9 @@ def main(args):
         if update % args.log_every == 0:
             shown = run.log(update, {f"policy/{name}": value for name, value in metrics.items()})
             warn(run, shown, draw.sizes)
-            bar.set_postfix_str(
-                f"imagined return {shown['policy/return']:.3g} reward {shown['policy/reward']:.3g}"
-            )
+            what = "recorded" if args.learn == "recorded" else "imagined"
+            figures = f"return {shown['policy/return']:.3g} reward {shown['policy/reward']:.3g}"
+            bar.set_postfix_str(f"{what} {figures}")
         if args.eval_every and update % args.eval_every == 0 and update < args.updates:
             evaluate_all(args, run, update, deployed)
         if run.interrupted or update % args.save_every == 0 or update == args.updates:
@@ -490,17 +555,19 @@ def check(args):
 @torch.no_grad()
 def encode(draw, dataset, device, chunk=1024):
     """What training needs of a dataset, on `device`: log_q, log q(z_t | x_t) of every row
-    (N, S, K), action (N, A), is_first and is_terminal (N,), and odd (N,): how far the predicted
-    reward is from the usual one."""
+    (N, S, K), action (N, A), is_first and is_terminal (N,), the predicted reward and cont (N,), and
+    odd (N,): how far this reward is from the usual one."""
     log_q = []
     for i in tqdm(range(0, len(dataset["is_first"]), chunk), "encoding", unit="chunk"):
         image = torch.from_numpy(dataset["image"][i : i + chunk]).to(device)
         vector = torch.from_numpy(dataset["vector"][i : i + chunk]).to(device)
         log_q.append(draw.posterior(draw.encoder(image, vector)))
     reward = torch.cat([draw.reward(part.exp()) for part in log_q])
+    cont = torch.cat([draw.cont(part.exp()) for part in log_q])
     keys = ("action", "is_first", "is_terminal")
     data = {key: torch.from_numpy(dataset[key]).to(device) for key in keys}
-    return {"log_q": torch.cat(log_q), "odd": (reward - reward.median()).abs() + 1e-6, **data}
+    odd = (reward - reward.median()).abs() + 1e-6
+    return {"log_q": torch.cat(log_q), "reward": reward, "cont": cont, "odd": odd, **data}
 
 
 @torch.no_grad()

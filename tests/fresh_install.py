@@ -30,6 +30,7 @@ FILES = (
     "adapted/dataset.npz",
     "adapted-policy/policy.pt",
     "adapted-policy/eval.json",
+    "recorded-policy/eval.json",
     "table.md",
     "zero_shot_and_adapted.gif",
 )

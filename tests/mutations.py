@@ -393,6 +393,20 @@ the critic's value at the end of a rollout
 -value = twohot_mean(policy.slow_critic(zs))
 +value = twohot_mean(policy.critic(zs))
 
+== train_policy.py | method/test_oracles_policy.py -k recorded
+recorded returns run over an end
+-goes_on = goes_on & ~data["is_first"][row] & (t + k <= last)
++goes_on = goes_on & torch.ones_like(data["is_first"][row]) & (t + k <= last)
+what led to less than usual is imitated too
+-w = (better / (better.std() + 0.03 * args.return_floor)).clamp(0.0, 1.0)
++w = (better / (better.std() + 0.03 * args.return_floor)).abs().clamp(0.0, 1.0)
+the reward of leaving a recorded row
+-        reward = data["reward"][row]
++        reward = data["reward"][row - 1]
+the critic is a mean over recorded actions
+-w_critic = torch.where(better > 0.0, 0.7, 0.3)
++w_critic = torch.where(better > 0.0, 0.5, 0.5)
+
 == draw_pretrain.py | runs/test_speed.py -k two_processes
 gradients of one's own batch alone
 -            dist.all_reduce(parameter.grad)

@@ -3,9 +3,10 @@
     python docs/figures/data.py --pair pendulum --seeds 1 2 3
 
 adapts the shipped world model to the newest 500 to 40,000 rows of the best known controller with
-noise, of random actions, and of the source's policy (zero-shot), and trains a policy in each. Then
-it trains four source models, whose data is collected in four ways, and adapts each to 10,000 rows
-of the controller. Writes data.csv and data.png beside this file.
+noise, of random actions, and of the source's policy (zero-shot), and trains a policy in each. The
+baseline is a policy that learns from the same rows alone, without a dynamics (--learn recorded).
+Then it trains four source models, whose data is collected in four ways, and adapts each to 10,000
+rows of the controller. Writes data.csv and data.png beside this file.
 """
 
 from pathlib import Path
@@ -32,6 +33,7 @@ from jobs import (
 
 KINDS = ("expert", "random", "zero-shot")
 COLLECTED = ("explore", "task", "random", "mixed")
+ALONE = "shipped, rows alone"  # what `source` is in a line of the baseline
 CSV = HERE / "data.csv"
 
 
@@ -63,6 +65,18 @@ def job(pair, kind, rows, seed, runs):
     return Job(key, stages, lambda: measured(policy, target, adapted))
 
 
+def alone_job(pair, kind, rows, seed, runs):
+    _, target = PAIRS[pair]
+    folder = runs / "data" / pair
+    stage, data = recorded(pair, kind, seed, folder)
+    policy = folder / f"{kind}-{rows}-{seed}-alone"
+    flags = ("--learn", "recorded", "--ahead", 5, "--warm-start", "both")
+    flags += ("--dataset-rows", rows, "--seed", seed)
+    stages = [stage, train(policy, PRETRAINED / f"{pair}.pt", data, target, *flags)]
+    key = {"pair": pair, "source": ALONE, "kind": kind, "rows": rows, "seed": seed}
+    return Job(key, stages, lambda: measured(policy, target) | {"kl": ""})
+
+
 def source_job(pair, collect, seed, runs):
     source, target = PAIRS[pair]
     folder = runs / "data" / pair
@@ -85,19 +99,21 @@ def source_job(pair, collect, seed, runs):
 
 
 def picture(pair):
-    """Left: return over rows, a line a kind of data. Right: over the source's data collection, if
-    one was run."""
+    """Left: return over rows, for each kind of data a line, and a broken one for the rows alone.
+    Right: over the source's data collection, if one was run."""
     rows = [r for r in read(CSV) if r["pair"] == pair]
     collected = [r for r in rows if r["source"] in COLLECTED]
     figure, axes = new_figure(2 if collected else 1)
     for kind, colour in zip(KINDS, COLOURS, strict=False):
-        mine = [r for r in rows if r["kind"] == kind and r["source"] == "shipped"]
-        sizes = sorted({int(r["rows"]) for r in mine})
-        found = [mean_and_range([r for r in mine if int(r["rows"]) == n], "return") for n in sizes]
-        if found:
-            mean, low, high = zip(*found, strict=True)
-            axes[0, 0].plot(sizes, mean, color=colour, marker="o", label=kind)
-            axes[0, 0].fill_between(sizes, low, high, color=colour, alpha=0.15, linewidth=0)
+        for source, style, label in (("shipped", "-", kind), (ALONE, "--", f"{kind}, rows alone")):
+            mine = [r for r in rows if r["kind"] == kind and r["source"] == source]
+            sizes = sorted({int(r["rows"]) for r in mine})
+            of_size = [[r for r in mine if int(r["rows"]) == n] for n in sizes]
+            found = [mean_and_range(of_one, "return") for of_one in of_size]
+            if found:
+                mean, low, high = zip(*found, strict=True)
+                axes[0, 0].plot(sizes, mean, style, color=colour, marker="o", label=label)
+                axes[0, 0].fill_between(sizes, low, high, color=colour, alpha=0.15, linewidth=0)
     for x, (collect, colour) in enumerate(zip(COLLECTED, COLOURS, strict=False)):
         mine = [r for r in collected if r["source"] == collect]
         if mine:
@@ -124,7 +140,7 @@ def main(
 
     Args:
         pair: whose shipped model is adapted
-        seeds: of data, residual and policy
+        seeds: of data, residual and policy; the baseline has the same
         rows: sizes of the target's dataset
         collected: how the source's data is gathered, one model each (seed 1)
         runs: folder of the runs
@@ -132,6 +148,7 @@ def main(
     """
     runs = runs.resolve()
     jobs = [job(pair, kind, n, s, runs) for s in seeds for n in rows for kind in KINDS]
+    jobs += [alone_job(pair, kind, n, s, runs) for s in seeds for n in rows for kind in KINDS]
     jobs += [source_job(pair, collect, 1, runs) for collect in collected]
     if not draw:
         run_all(CSV, jobs)

@@ -3,7 +3,8 @@
     python docs/figures/demo.py --runs runs/pendulum-1 --source ENV_ID --target ENV_ID
 
 prints the table, which it also writes to RUNS/table.md, and writes RUNS/zero_shot_and_adapted.gif:
-the same evaluation episode in the target, under the source's policy and under the adapted one.
+the same evaluation episode in the target, under the source's policy, under the adapted one, and
+under one that learned from the target's rows alone, without a dynamics (--learn recorded).
 Random actions and the best known controller are not run here but read from experts.csv beside this
 file.
 """
@@ -59,7 +60,7 @@ def main(runs: Path, source: str, target: str):
     """Writes the table and the film.
 
     Args:
-        runs: folder with source-policy and adapted-policy
+        runs: folder with source-policy, adapted-policy and recorded-policy
         source: source environment id
         target: target environment id
     """
@@ -68,6 +69,7 @@ def main(runs: Path, source: str, target: str):
         ("source policy at home", measured(runs, "source-policy", source)),
         ("source policy in the target (zero-shot)", measured(runs, "source-policy", target)),
         ("**adapted policy in the target**", measured(runs, "adapted-policy", target)),
+        ("from the same rows alone, no dynamics", measured(runs, "recorded-policy", target)),
         ("best known in the target", yardstick(target, best=True)),
     )
     lines = [f"{source} -> {target}", "", "| | return, 95 % interval |", "|---|---|"]
@@ -76,9 +78,9 @@ def main(runs: Path, source: str, target: str):
     write_atomically(runs / "table.md", lambda file: file.write(text.encode()))
 
     name = target.split("/")[-1] + ".gif"
-    policies = ("source-policy", "adapted-policy")
+    policies = ("source-policy", "adapted-policy", "recorded-policy")
     films = [imageio.v3.imread(runs / policy / name) for policy in policies]
-    frames = side_by_side(films, ("zero-shot", "adapted"))
+    frames = side_by_side(films, ("zero-shot", "adapted", "rows alone"))
     gif = imageio.v3.imwrite("<bytes>", frames, extension=".gif", duration=1000 / 12, loop=0)
     write_atomically(runs / "zero_shot_and_adapted.gif", lambda file: file.write(gif))
     print(f"{text}\nwrote {runs}/table.md and {runs}/zero_shot_and_adapted.gif")

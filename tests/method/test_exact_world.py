@@ -82,6 +82,13 @@ def test_the_policy_is_nearly_the_best_there_is(folder, adapted):
     assert (paid >= best - 1).all() and (paid == best).mean() > 0.8 and best.min() > 4
 
 
+def test_a_policy_from_recorded_rows_alone(folder, source, adapted):
+    """With the source's model, whose dynamics are wrong here: they have no part in it."""
+    changes = {"learn": "recorded", "updates": 150, "ahead": 3}
+    paid, best = returns_and_best(train(folder, source, f"{adapted}.npz", SEED, **changes))
+    assert (paid >= best - 1).all() and (paid == best).mean() > 0.8
+
+
 def test_a_replacement_overfits_where_a_residual_does_not(folder, source):
     """200 transitions are about 4 of each of the 44 pairs of cell and action: enough to correct
     half of them, not to learn them all anew"""

@@ -270,7 +270,7 @@ def test_what_stage_1_learns_from_policies_is_thrown_away(tmp_path):
     assert changed(weights[0]["task_actor"], weights[1]["task_actor"])
 
 
-@pytest.mark.parametrize("learn", ["reinforce", "lookahead"])
+@pytest.mark.parametrize("learn", ["reinforce", "lookahead", "recorded"])
 def test_stage_3_leaves_the_world_model_alone(monkeypatch, tmp_path, learn):
     draw = shaken_draw()  # its rewards differ from action to action
     rectified = Rectified(draw, "residual", hidden=8)

@@ -377,3 +377,57 @@ def test_lesson_loss():
             - twohot_log_prob64(logits, R[i].item())
         ) / 5
     close(train_policy.lesson_loss(policy, z, a, R, w), expected)
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 9])
+def test_lessons_from_recorded_rows(ahead):
+    """Against a loop over rows: two episodes of 8; small rewards do not count"""
+    args = args_of(train_policy, ahead=ahead, least_reward=1.0, return_floor=0.5)
+    policy = shaken_policy()
+    log_q = (3.0 * torch.randn(16, S, K)).log_softmax(-1)
+    cont = torch.full((16,), 0.9)
+    cont[15] = 0.0  # the first episode ends by its time limit, the second by itself
+    reward = torch.linspace(-10.0, 10.0, 16)  # rows 7 and 8 are nearer to 0 than least_reward
+    first = torch.zeros(16, dtype=torch.bool)
+    first[[0, 8]] = True
+    action = torch.rand(16, TINY.action_size) * 2 - 1
+    data = {"log_q": log_q, "action": action, "is_first": first, "reward": reward, "cont": cont}
+    lessons, metrics = train_policy.recorded_lessons(args, policy, data, n=300)
+
+    slow = double(train_policy.twohot_mean(policy.slow_critic(log_q.exp())))
+    value = double(train_policy.twohot_mean(policy.critic(log_q.exp())))
+    expected = {}
+    for t in [*range(7), *range(8, 15)]:  # the last row of an episode leads nowhere
+        R, discount, end = 0.0, 1.0, t
+        while end < min(t + ahead, 7 if t < 8 else 15):
+            end += 1
+            r = float(reward[end])
+            R += discount * (0.0 if abs(r) < 1.0 else r)
+            discount *= 0.9 * float(cont[end])
+        expected[t] = R + discount * slow[end]
+    row = torch.cdist(lessons["a"], action).argmin(1).tolist()  # actions tell the rows apart
+    assert set(row) == set(expected)
+    assert torch.equal(lessons["z"], log_q[row].exp())
+    R = np.array([expected[t] for t in row])
+    close(lessons["R"], R)
+    better = R - value[row]
+    assert (better > 0).any() and (better < 0).any()
+    close(lessons["w"], np.clip(better / (better.std(ddof=1) + 0.03 * 0.5), 0.0, 1.0))
+    close(lessons["w_critic"], np.where(better > 0, 0.7, 0.3))
+    close(metrics["return"], R.mean())
+    close(metrics["reward"], double(reward)[[t + 1 for t in row]].mean())
+
+
+def test_the_loss_of_recorded_lessons():
+    policy = shaken_policy()
+    z, _, a = random_states(4)
+    R, w, w_critic = torch.randn(4), torch.rand(4), torch.rand(4)
+    nets = nets_of(policy)
+    losses = []
+    for i in range(4):
+        x = double(z[i]).ravel()
+        error = ((actor64(nets["actor"], x)[0] - double(a[i])) ** 2).sum()
+        log_p = twohot_log_prob64(mlp64(nets["critic"], x), float(R[i]))
+        losses.append(float(w[i]) * error - float(w_critic[i]) * log_p)
+    expected = np.mean(losses)
+    close(train_policy.recorded_loss(policy, z, a, R, w, w_critic), expected)

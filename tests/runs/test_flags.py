@@ -248,7 +248,7 @@ def test_stage_2_collects(tmp_path, given, end, policy):
 
 
 @pytest.mark.parametrize("end", [0, 1])
-@pytest.mark.parametrize("learn", ["reinforce", "lookahead"])
+@pytest.mark.parametrize("learn", ["reinforce", "lookahead", "recorded"])
 def test_stage_3(tmp_path, given, end, learn):
     more = {"run_dir": str(tmp_path), "device": "cpu", "learn": learn}
     more |= {"eval_env_ids": ("toy_env:Toy-v0",)}
@@ -256,7 +256,7 @@ def test_stage_3(tmp_path, given, end, learn):
     assert (tmp_path / "policy.pt").exists() and (tmp_path / "eval.json").exists()
 
 
-@pytest.mark.parametrize("learn", ["reinforce", "lookahead"])
+@pytest.mark.parametrize("learn", ["reinforce", "lookahead", "recorded"])
 @pytest.mark.parametrize("warm_start", ["none", "critic", "both"])
 def test_stage_3_by_itself(tmp_path, given, learn, warm_start):
     more = {"run_dir": str(tmp_path), "device": "cpu", "learn": learn, "warm_start": warm_start}

@@ -208,29 +208,27 @@ def judge(checkpoint, env_id=TARGET, n=1500, seed=999):
     return right[~first].float().mean().item(), of_next[~first].mean().item()
 
 
-def train(folder, checkpoint, dataset, seed):
+def train(folder, checkpoint, dataset, seed, **changes):
     """Stage 3 without an environment; returns the policy"""
-    train_policy.main(
-        train_policy.Args(
-            checkpoint=str(checkpoint),
-            dataset=str(dataset),
-            run_dir=f"{folder}/policy",
-            seed=seed,
-            device="cpu",
-            updates=600,
-            batch=32,
-            length=4,
-            starts=128,
-            horizon=8,
-            gamma=0.9,
-            actor_lr=3e-3,
-            critic_lr=3e-3,
-            entropy=1e-3,
-            return_floor=0.1,
-            log_every=100,
-        )
+    flags = dict(
+        run_dir=f"{folder}/policy-{changes.get('learn', 'reinforce')}",
+        seed=seed,
+        device="cpu",
+        updates=600,
+        batch=32,
+        length=4,
+        starts=128,
+        horizon=8,
+        gamma=0.9,
+        actor_lr=3e-3,
+        critic_lr=3e-3,
+        entropy=1e-3,
+        return_floor=0.1,
+        log_every=100,
     )
-    return load_policy(f"{folder}/policy/policy.pt")
+    flags |= changes
+    train_policy.main(train_policy.Args(str(checkpoint), str(dataset), **flags))
+    return load_policy(f"{flags['run_dir']}/policy.pt")
 
 
 def returns_and_best(policy, episodes=60, seed=5):
