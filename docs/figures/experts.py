@@ -8,10 +8,14 @@ the cup has an actor trained by SAC (sbx-rl, stable-baselines3 in JAX), which go
 with its wind, from the source's networks. Where the target reverses the actions, its expert is the
 source's with the sign of the action changed, which is exact.
 
+The finger has an actor in the source too, by SAC whose replay begins with the planner's steps. It
+answers at once, and fails where the planner does not: so it is no yardstick, but it teaches
+(docs/pretrained/dagger.py).
+
     python docs/figures/experts.py evaluate
 
-runs 40 episodes each and writes experts.csv beside this file. `train` trains the cup's actors anew,
-they are kept in experts/ with the return during training. `record` writes data of an expert acting
+runs 40 episodes each and writes experts.csv beside this file. `train` trains an actor anew; they
+are kept in experts/ with the return during training. `record` writes data of an expert acting
 in a target: images, velocities and actions, without rewards, as demonstrations for redraw_adapt.py.
 Only `train` needs sbx-rl (requirements.txt beside this file).
 """
@@ -66,8 +70,8 @@ def true_state(env):
 class TrueState(gym.Wrapper):
     """The environment with the true state as its observation; nothing is rendered."""
 
-    def __init__(self, env_id):
-        super().__init__(gym.make(env_id))
+    def __init__(self, env_id, **options):
+        super().__init__(gym.make(env_id, **options))
         # An image costs more time than the physics and an update of SAC together.
         self.unwrapped.render = lambda: None
         size = true_state(self).size
@@ -216,6 +220,13 @@ def load_expert(env_id):
     return "SAC on the true state", actor(arrays), int(arrays["steps"])
 
 
+def load_teacher(env_id):
+    """A controller that answers at once: SAC's actor, if there is one, else the best known."""
+    if actor_file(env_id).exists():
+        return actor(load_arrays(env_id))
+    return load_expert(env_id)[1]
+
+
 def random_actions(env_id, seed):
     """Uniform actions, a new one every step."""
     rng = np.random.default_rng(seed)
@@ -276,20 +287,76 @@ def four_copies(env_id):
     return DummyVecEnv([lambda: TrueState(env_id)] * 4)
 
 
+def replay_plans(model, envs, env_id, steps):
+    """Begins SAC's replay with so many steps of the planner, which are disturbed, from environment
+    to environment more."""
+    planners = [Planner(env_id, i) for i in range(envs.num_envs)]
+    deviation = np.linspace(0.0, 0.7, envs.num_envs)[:, None]
+    noise = np.zeros((envs.num_envs, 2), np.float32)
+    state = envs.reset()
+    for _ in tqdm(range(steps // envs.num_envs), "planning", unit="step"):
+        noise = common.held_noise(noise, 4.0, 1.5)
+        plans = np.stack([plan(one) for plan, one in zip(planners, state, strict=True)])
+        action = (plans + deviation * noise).clip(-1.0, 1.0).astype(np.float32)
+        after, reward, done, infos = envs.step(action)
+        reached = after.copy()
+        for i in np.flatnonzero(done):
+            reached[i] = infos[i]["terminal_observation"]
+            planners[i].plan[:] = 0.0
+        model.replay_buffer.add(state, reached, action, reward, done, infos)
+        state = after
+
+
+def train_finger(steps, plan_steps, seed):
+    """Short episodes, of which a third begins moving: they reach more states."""
+    import sbx
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    source, _ = PAIRS["finger"]
+    speeds = [6.0 if i % 3 == 0 else 0.0 for i in range(8)]
+    options = [{"start_speed": speed, "max_episode_steps": 100} for speed in speeds]
+    envs = DummyVecEnv([lambda given=given: TrueState(source, **given) for given in options])
+    envs.seed(seed)
+    model = sbx.SAC(
+        "MlpPolicy",
+        envs,
+        learning_rate=4e-4,
+        buffer_size=steps + plan_steps,
+        learning_starts=0,
+        gamma=0.98,
+        n_steps=3,
+        ent_coef="auto_0.1",
+        # Half an update a step: two steps in eight environments, then eight updates.
+        train_freq=2,
+        gradient_steps=8,
+        policy_kwargs={"net_arch": [256, 256], "layer_norm": True},
+        seed=seed,
+    )
+    replay_plans(model, envs, source, plan_steps)
+    train_one(model, source, steps, seed)
+
+
 def train(
+    pair: Literal["cup", "finger"] = "cup",
     steps: int = 100_000,
     target_steps: int = 50_000,
+    plan_steps: int = 14_000,
     seed: int = 0,
 ):
-    """Trains the experts of the cup with SAC and keeps the best actors in experts/.
+    """Trains the actors of the cup or of the finger with SAC and keeps the best in experts/.
 
     Args:
+        pair: whose; the finger needs --steps 200000
         steps: steps of training in the source
-        target_steps: further ones in the target
+        target_steps: further ones in the target; the cup's alone
+        plan_steps: steps of the planner in the replay; the finger's alone
         seed: of everything random
     """
     import sbx
 
+    if pair == "finger":
+        train_finger(steps, plan_steps, seed)
+        return
     source, target = PAIRS["cup"]
     model = sbx.SAC(
         "MlpPolicy",

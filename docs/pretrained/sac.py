@@ -343,7 +343,9 @@ def check_finite(what, weights):
 
 def interrupted(*_):
     """Ends the script from a signal handler, where print is not allowed."""
-    os.write(2, b"\ninterrupted; if SAC has finished, the same command goes on from its rows\n")
+    os.write(
+        2, b"\ninterrupted; if its rows are kept already, the same command goes on from them\n"
+    )
     raise SystemExit(130)
 
 
