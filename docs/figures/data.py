@@ -124,7 +124,8 @@ def picture(pair):
     axes[0, 0].set(title=pair, xscale="log", xlabel="rows of the target", ylabel="return")
     if collected:
         axes[0, 1].set(xticks=range(len(COLLECTED)), xticklabels=COLLECTED, xlabel="source's data")
-    axes[0, 0].legend(fontsize=8)
+    names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(HERE / "data.png", dpi=110)
 
 
