@@ -1,5 +1,5 @@
 ## make demo          stages 2 and 3 in the shipped world model, a table and a film; SEED=1,
-##                    PAIR=pendulum, reacher, cup or finger (the last two fail in the target)
+##                    PAIR=pendulum, reacher, cup or finger (ReDRAW fails in the last two targets)
 ## make scratch       all three stages from nothing; PAIR=pendulum|cup|finger|reacher
 ## make test          the tests, without those that drive a Duckiebot or need its simulator
 ## make lint, format  ruff: look at the form, or mend it
@@ -68,7 +68,7 @@ POLICY_cup = --gamma 0.98 --ahead 8 --states 160
 # Catches that fail narrowly teach more than bursts at full force, and so do the source's own misses.
 RECORD_cup = --noise 0.25 --jitter 1 --episode-steps 60
 TARGET2_cup = --collect-policy zero-shot --collect-noise 0.4 --episode-steps 60
-# Source policies that did not come from imagination: the adapted ones begin with them.
+# Their shipped policies did not come from imagination, so the adapted ones begin with them.
 TARGET3_cup = --warm-start both
 POLICY_finger = $(POLICY_cup)
 TARGET3_finger = $(TARGET3_cup)
@@ -107,13 +107,13 @@ $(RUNS)/adapted/done: $(RUNS)/expert.npz | .venv/installed
 	$(PY) redraw_adapt.py laptop --checkpoint $(MODEL) --target-env-id $(TARGET) $(COMMON) \
 		--run-dir $(@D) --dataset $< --collect-steps 16000 $(TARGET2_$(PAIR)) $(STAGE2)
 	@touch $@
-# 3. a policy in it; and a baseline, from the same rows alone, which asks no dynamics
+# 3. a policy in it; and a baseline, from the same rows alone, without a dynamics
 $(RUNS)/adapted-policy/done: $(RUNS)/adapted/done
 	$(PY) train_policy.py laptop $(POLICY_$(PAIR)) $(TARGET3_$(PAIR)) $(STAGE3) $(COMMON) --run-dir $(@D) \
 		--checkpoint $(RUNS)/adapted/best.pt --dataset $(RUNS)/adapted/dataset.npz --eval-env-ids $(TARGET)
 	@touch $@
 $(RUNS)/recorded-policy/done: $(RUNS)/adapted/done
-	$(PY) train_policy.py laptop $(POLICY_$(PAIR)) --learn recorded --ahead 5 --updates 300 $(STAGE3) \
+	$(PY) train_policy.py laptop $(POLICY_$(PAIR)) --updates 300 $(STAGE3) --learn recorded --ahead 5 \
 		$(COMMON) --warm-start both --run-dir $(@D) --checkpoint $(MODEL) --dataset $(RUNS)/adapted/dataset.npz \
 		--eval-env-ids $(TARGET) $(ASIDE)
 	@touch $@

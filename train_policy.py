@@ -491,7 +491,7 @@ def main(args):
 
     start_time = time.time()
     ends = None  # where the last trajectories ended
-    if "ends" in saved:
+    if saved.get("ends") is not None:
         ends = tuple(value.to(device) for value in saved["ends"])
     bar = tqdm(total=args.updates, initial=begin, unit="update", mininterval=1.0)
     for update in range(begin + 1, args.updates + 1):

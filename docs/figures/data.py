@@ -141,7 +141,7 @@ def main(
 
     Args:
         pair: whose shipped model is adapted
-        seeds: of data, residual and policy; the baseline has the same
+        seeds: of data, residual and policy
         rows: sizes of the target's dataset
         collected: how the source's data is gathered, one model each (seed 1)
         runs: folder of the runs

@@ -185,7 +185,7 @@ def actor_file(env_id):
 
 def load_arrays(env_id):
     if not actor_file(env_id).exists():
-        raise SystemExit(f"error: no expert of {env_id} is known; `train` makes the cup's")
+        raise SystemExit(f"error: no expert of {env_id} is known; `train` makes one")
     with np.load(actor_file(env_id), allow_pickle=False) as file:
         return dict(file)
 
@@ -221,7 +221,8 @@ def load_expert(env_id):
 
 
 def load_teacher(env_id):
-    """A controller that answers at once: SAC's actor, if there is one, else the best known."""
+    """SAC's actor, if there is one, because it answers at once; else the best known controller. A
+    planner keeps its last plan, so each environment needs one of its own."""
     if actor_file(env_id).exists():
         return actor(load_arrays(env_id))
     return load_expert(env_id)[1]
@@ -288,8 +289,8 @@ def four_copies(env_id):
 
 
 def replay_plans(model, envs, env_id, steps):
-    """Begins SAC's replay with so many steps of the planner, which are disturbed, from environment
-    to environment more."""
+    """Begins SAC's replay with so many steps of the planner. Noise disturbs them; it grows from
+    environment to environment."""
     planners = [Planner(env_id, i) for i in range(envs.num_envs)]
     deviation = np.linspace(0.0, 0.7, envs.num_envs)[:, None]
     noise = np.zeros((envs.num_envs, 2), np.float32)
@@ -305,10 +306,12 @@ def replay_plans(model, envs, env_id, steps):
             planners[i].plan[:] = 0.0
         model.replay_buffer.add(state, reached, action, reward, done, infos)
         state = after
+    # SAC begins its episodes anew, so returns of several steps end here.
+    model.replay_buffer.timeouts[model.replay_buffer.pos - 1] = True
 
 
 def train_finger(steps, plan_steps, seed):
-    """Short episodes, of which a third begins moving: they reach more states."""
+    """Short episodes, and in three of eight environments half of them begin moving: more states."""
     import sbx
     from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -338,7 +341,7 @@ def train_finger(steps, plan_steps, seed):
 
 def train(
     pair: Literal["cup", "finger"] = "cup",
-    steps: int = 100_000,
+    steps: int | None = None,
     target_steps: int = 50_000,
     plan_steps: int = 14_000,
     seed: int = 0,
@@ -346,8 +349,8 @@ def train(
     """Trains the actors of the cup or of the finger with SAC and keeps the best in experts/.
 
     Args:
-        pair: whose; the finger needs --steps 200000
-        steps: steps of training in the source
+        pair: whose
+        steps: steps of training in the source; without it 100,000, the finger's 200,000
         target_steps: further ones in the target; the cup's alone
         plan_steps: steps of the planner in the replay; the finger's alone
         seed: of everything random
@@ -355,7 +358,7 @@ def train(
     import sbx
 
     if pair == "finger":
-        train_finger(steps, plan_steps, seed)
+        train_finger(steps or 200_000, plan_steps, seed)
         return
     source, target = PAIRS["cup"]
     model = sbx.SAC(
@@ -369,7 +372,7 @@ def train(
         policy_kwargs={"net_arch": [128, 128]},
         seed=seed,
     )
-    train_one(model, source, steps, seed)
+    train_one(model, source, steps or 100_000, seed)
     # What was replayed so far shows the source's dynamics.
     model.replay_buffer.reset()
     model.set_env(four_copies(target))

@@ -6,8 +6,9 @@ from the rows.
 
 DAgger (arXiv 1011.0686): the model's actor acts, with noise. In each state an expert that sees the
 true state (docs/figures/experts.py) says what it would do, and the actor learns to do the same from
-q(z | x). So it learns where it errs, which the expert's own rows do not show. This differs from the
-paper, whose source policy learns in imagination. A target has no such expert to ask.
+q(z | x). So it learns where it errs, which the expert's own rows do not show. In 0.4 of the
+episodes the expert itself acts in half of the steps, so that more of them reach the goal. This
+differs from the paper, whose source policy learns in imagination. A target has no such expert.
 
 1. The rows and the actor, in eight environments at once.
 2. The critic learns from the rows and their rewards.
@@ -75,9 +76,10 @@ class Args:
 LATER = ("out", "gamma", "critic_updates", "f_updates", "device")  # the rows do not depend on them
 
 
-def learn_from_expert(args, draw, actor, envs, expert):
-    """The actor learns. Returns the rows, one environment after the other: log_q (N, S, K) in half
-    precision, action (N, A), reward of arriving at the row (N,), is_first (N,)."""
+def learn_from_expert(args, draw, actor, envs, teachers):
+    """The actor learns from `teachers`, one for each environment. Returns the rows, one environment
+    after the other: log_q (N, S, K) in half precision, action (N, A), reward of arriving at the row
+    (N,), is_first (N,)."""
     n = args.n_envs
     rounds = args.steps // n
     observations = [env.reset(seed=args.seed * 1000 + i)[0] for i, env in enumerate(envs)]
@@ -85,7 +87,7 @@ def learn_from_expert(args, draw, actor, envs, expert):
     arrived = np.zeros(n, np.float32)  # the reward of arriving
     noise = held_noise(np.zeros((n, draw.sizes.action_size), np.float32), 1.0, 1.5)
     deviation = np.linspace(0.0, 0.8, n)[:, None] ** 2  # most environments: hardly any noise
-    asked = np.zeros(n, bool)  # in these episodes the expert acts in every other step
+    asked = np.zeros(n, bool)  # in these episodes the expert acts in half of the steps
     log_qs = torch.zeros(rounds, n, draw.sizes.S, draw.sizes.K, dtype=torch.float16)
     actions, advice = torch.zeros(2, rounds, n, draw.sizes.action_size)
     rewards = torch.zeros(rounds, n)
@@ -97,7 +99,8 @@ def learn_from_expert(args, draw, actor, envs, expert):
         log_q = beliefs(draw, observations)
         with torch.no_grad():
             mean = actor(log_q.exp()).mean.numpy()
-        right = np.stack([expert(experts.true_state(env)) for env in envs])
+        states = [experts.true_state(env) for env in envs]
+        right = np.stack([each(state) for each, state in zip(teachers, states, strict=True)])
         takes = asked & (np.random.rand(n) < 0.5)
         noise = held_noise(noise, 4.0, 1.5)
         action = np.where(takes[:, None], right, mean) + deviation * noise
@@ -166,13 +169,13 @@ def main(args: Args):
     options = {"episode_steps": args.episode_steps, "start_speed": args.start_speed}
     envs = make_envs(args.env_id, args.n_envs, draw.sizes.image_size, **options)
     check_sizes(args.env_id, envs, draw.sizes)
-    expert = experts.load_teacher(args.env_id)
+    teachers = [experts.load_teacher(args.env_id) for _ in range(args.n_envs)]
 
     rows_file = args.out.with_suffix(".rows.pt")
     of_rows = {name: str(value) for name, value in vars(args).items() if name not in LATER}
     of_rows["model"] = checksum(args.model)
     if not rows_file.exists():
-        data = learn_from_expert(args, draw, actor, envs.envs, expert)
+        data = learn_from_expert(args, draw, actor, envs.envs, teachers)
         check_finite("the actor", actor.state_dict())
         learned = actor.state_dict()
         save_checkpoint(rows_file, stage="dagger", flags=of_rows, data=data, actor=learned)

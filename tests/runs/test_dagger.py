@@ -53,7 +53,7 @@ def test_the_actor_learns_what_the_expert_says(tmp_path, monkeypatch, a_teacher)
     draw = write_model(tmp_path / "model.pt")
     actor = Actor(TINY)
     args = arguments("--steps 2000 --updates 1", tmp_path)
-    data = dagger.learn_from_expert(args, draw, actor, [Counting(5), Counting(5)], a_teacher)
+    data = dagger.learn_from_expert(args, draw, actor, [Counting(5), Counting(5)], [a_teacher] * 2)
     assert len(data["reward"]) == 2000 and data["log_q"].dtype == torch.float16
     t = torch.arange(2000) % 1000 % 5
     torch.testing.assert_close(data["reward"], t / 10)
@@ -66,6 +66,17 @@ def test_the_actor_learns_what_the_expert_says(tmp_path, monkeypatch, a_teacher)
     torch.testing.assert_close(data["action"][995:1000], expected, atol=0.3, rtol=0)
     # The second one has.
     assert (data["action"][1995:] - expected).abs().max() > 0.05
+
+
+def test_the_expert_acts_now_and_then(tmp_path, a_teacher):
+    """From the second episode on, in 0.4 of them, in half of their steps"""
+    draw = write_model(tmp_path / "model.pt")
+    args = arguments("--steps 2000 --updates 0.01", tmp_path)
+    envs = [Counting(5), Counting(5)]
+    data = dagger.learn_from_expert(args, draw, Actor(TINY), envs, [a_teacher] * 2)
+    t = torch.arange(1000) % 5  # of the first environment, which has no noise
+    own = torch.isclose(data["action"][:1000], (0.6 - 0.3 * t)[:, None], atol=1e-3).all(1)
+    assert not own[:5].any() and 0.13 < own.float().mean() < 0.27
 
 
 def test_the_critic_learns_from_rewards(tmp_path):

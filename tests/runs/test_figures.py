@@ -114,7 +114,7 @@ ROWS = {
     "inputs": [{"pair": "pendulum", "inputs": inputs, "seed": 1} for inputs in ("za", "za+sigma")],
     "data": [
         {"pair": "pendulum", "source": source, "kind": kind, "rows": rows, "seed": 1}
-        for source in ("shipped", "task")
+        for source in ("shipped", "shipped, rows alone", "task")
         for kind in ("expert", "random")
         for rows in (500, 2000)
     ],
@@ -200,3 +200,34 @@ def test_the_fingers_planner_knows_what_will_happen(monkeypatch, env_id):
     env.close()
     assert np.ptp(gaps) > 0.05  # it turned
     assert sum(rewards[-20:]) > 15.0
+
+
+def test_the_rows_alone_have_a_line_of_their_own(monkeypatch, jobs, tmp_path):
+    """Without stage 2, and in the picture"""
+    data = importlib.import_module("data")
+    job = data.alone_job("pendulum", "random", 2000, 3, tmp_path)
+    record, train = job.stages
+    words = list(map(str, train.command))
+    assert record.command[0] == "redraw_adapt.py" and words[0] == "train_policy.py"
+    assert words[words.index("--checkpoint") + 1].endswith("pretrained/pendulum.pt")
+    assert words[words.index("--learn") + 1] == "recorded" and train.finished != record.finished
+    monkeypatch.setattr(data, "CSV", tmp_path / "table.csv")
+    monkeypatch.setattr(data, "HERE", tmp_path)
+    pictures = []
+    for row in (ROWS["data"][0], job.key):
+        jobs.append(tmp_path / "table.csv", row | {"return": 99.0, "ci95": 9.0, "kl": ""})
+        data.picture("pendulum")
+        pictures.append(np.asarray(Image.open(tmp_path / "data.png")))
+    assert pictures[0].shape != pictures[1].shape or not np.array_equal(*pictures)
+
+
+def test_the_finger_has_a_teacher(monkeypatch):
+    """SAC's actor, which nearly always succeeds; the yardstick stays the planner."""
+    monkeypatch.syspath_prepend(str(FIGURES))
+    experts = importlib.import_module("experts")
+    env_id = "redraw/FingerTurnHard-v0"
+    returns = experts.returns_of(experts.load_teacher(env_id), env_id, 4, seed=0)
+    assert (returns > 300).sum() >= 3
+    assert isinstance(experts.load_expert(env_id)[1], experts.Planner)
+    target = experts.load_teacher("redraw/FingerTurnHardTorque-v0")
+    assert isinstance(target, experts.Planner)  # no actor was trained there

@@ -453,3 +453,25 @@ def test_a_resumed_stage_1_starts_new_episodes(tmp_path):
         "env000-0000000415.npz",
     ]
     assert len(read_metrics(run_dir)["world_model/loss"]) == 3
+
+
+def test_the_baseline_of_stage_3_goes_on(tmp_path, flags, monkeypatch):
+    """It imagines nothing, so it saves no place where trajectories ended."""
+    module, given = flags["train_policy"]
+    given = [*given, "--learn recorded --updates 6 --save-every 2 --log-every 1 --device cpu"]
+    call(module, *given, "--run-dir", tmp_path / "calm")
+    improve = train_policy.improve_from_rows
+    calls = []
+
+    def broken(*args):
+        calls.append(None)
+        if len(calls) == 4:
+            raise RuntimeError("power cut")
+        return improve(*args)
+
+    monkeypatch.setattr(train_policy, "improve_from_rows", broken)
+    with pytest.raises(RuntimeError, match="power cut"):
+        call(module, *given, "--run-dir", tmp_path / "cut")
+    call(module, *given, "--resume", "--run-dir", tmp_path / "cut")
+    assert len(calls) == 4 + 4  # from update 3 on
+    assert_same("train_policy", tmp_path / "calm", tmp_path / "cut")
