@@ -153,6 +153,9 @@ def test_unusual_predicted_rewards_are_odd_whatever_their_sign(sign):
         def reward(self, z):
             return sign * z[:, 0, 0].log()
 
+        def cont(self, z):
+            return torch.ones(len(z))
+
     rows = random_rows(20) | {"vector": np.zeros((20, 2), np.float32)}
     rows["vector"][6] = 3.0
     odd = train_policy.encode(Draw(), rows, "cpu")["odd"]
