@@ -68,10 +68,10 @@ POLICY_cup = --gamma 0.98 --ahead 8 --states 160
 # Catches that fail narrowly teach more than bursts at full force, and so do the source's own misses.
 RECORD_cup = --noise 0.25 --jitter 1 --episode-steps 60
 TARGET2_cup = --collect-policy zero-shot --collect-noise 0.4 --episode-steps 60
-# Their shipped policies did not come from imagination, so the adapted ones begin with them.
+# Its shipped policy did not come from imagination, so the adapted one begins with it.
 TARGET3_cup = --warm-start both
 POLICY_finger = $(POLICY_cup)
-TARGET3_finger = $(TARGET3_cup)
+TARGET3_finger = --act-noise 1
 TARGET2_reacher = --method lowrank --rank 3 --lr 5e-3 --updates 2500
 TARGET3_reacher = --warm-start critic --updates 800
 COMMON = --seed $(SEED) --resume
