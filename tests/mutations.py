@@ -139,8 +139,8 @@ hidden files are read
 -glob("[!.]*.npz")
 +glob("*.npz")
 unusual rewards are the positive ones
--np.nonzero(reward != usual)
-+np.nonzero(reward > usual)
+-unusual = (reward != usual)
++unusual = (reward > usual)
 sequences across the ring's head
 -rows = (oldest + start[:, None] + np.arange(T)) % self.length
 +rows = (start[:, None] + np.arange(T)) % self.length
