@@ -414,7 +414,7 @@ def recorded_lessons(args, policy, data, n=512):
     """
     last = len(data["is_first"]) - 1
     t = torch.randint(last, (n,), device=data["is_first"].device)
-    t = t[~data["is_first"][t + 1]]  # the next row is what its action led to
+    t = t[~data["is_first"][t + 1]]  # (n,) or fewer: the next row is what its action led to
     R = 0.0
     discount = torch.ones(len(t), device=t.device)
     end = t
@@ -428,8 +428,8 @@ def recorded_lessons(args, policy, data, n=512):
         discount = torch.where(goes_on, args.gamma * discount * data["cont"][row], discount)
         end = torch.where(goes_on, row, end)
     R = R + discount * twohot_mean(policy.slow_critic(data["log_q"][end].exp()))
-    z = data["log_q"][t].exp()
-    better = R - twohot_mean(policy.critic(z))
+    z = data["log_q"][t].exp()  # (n, S, K)
+    better = R - twohot_mean(policy.critic(z))  # (n,)
     w = (better / (better.std() + 0.03 * args.return_floor)).clamp(0.0, 1.0)
     w_critic = torch.where(better > 0.0, 0.7, 0.3)
     metrics = {"return": R.mean(), "reward": data["reward"][t + 1].mean(), "weight": w.mean()}
@@ -465,6 +465,8 @@ def main(args):
         dataset = load_dataset(args.dataset, draw.sizes, args.dataset_rows, args.actions_lead)
         if len(dataset["is_first"]) < args.length:
             raise UserError(f"{args.dataset} holds fewer rows than --length {args.length}")
+        if args.learn == "recorded" and dataset["is_first"][1:].all():
+            raise UserError(f"{args.dataset} holds no row that an action led to")
     for env_id in args.eval_env_ids:  # a typo must not cost a training
         evaluation_envs(args, env_id, draw.sizes).close()
 

@@ -32,7 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "figures"))
 
 import experts  # noqa: E402
-from sac import beliefs, check_finite, interrupted, learn_dynamics  # noqa: E402
+from sac import (  # noqa: E402
+    beliefs,
+    check_finite,
+    interrupted,
+    learn_dynamics,
+    load_rows,
+    write_model,
+)
 
 import train_policy  # noqa: E402
 from common import (  # noqa: E402
@@ -180,12 +187,7 @@ def main(args: Args):
         learned = actor.state_dict()
         save_checkpoint(rows_file, stage="dagger", flags=of_rows, data=data, actor=learned)
     envs.close()
-    found = load_checkpoint(rows_file, ("dagger",))
-    with explained(f"{rows_file} is damaged; delete it"):
-        data, learned, before = found["data"], found["actor"], found["flags"]
-        other = ", ".join(name for name in of_rows if before[name] != of_rows[name])
-    if other:
-        raise UserError(f"{rows_file} was made with another {other}; delete it, or change --out")
+    data, learned = load_rows(rows_file, "dagger", of_rows, "actor")
     seed_everything(args.seed)  # so that a run that goes on ends as one in a piece
     data["log_q"] = data["log_q"].float()
     policy = ActorCritic(draw.sizes)
@@ -194,15 +196,7 @@ def main(args: Args):
     kl = learn_dynamics(args, draw, data)
     check_finite("the critic", policy.state_dict())
     check_finite("f", draw.state_dict())
-    del checkpoint["file"]
-    checkpoint["draw"] = draw.state_dict()
-    checkpoint["task_actor"] = policy.actor.state_dict()
-    checkpoint["task_critic"] = policy.critic.state_dict()
-    checkpoint["args"]["learn"] = "lookahead"  # its policies act by their mean
-    if checkpoint.get("source_range"):
-        checkpoint["source_range"]["kl"] = kl
-    save_checkpoint(args.out, **checkpoint)
-    print(f"wrote {args.out}; held-out KL {kl:.1f} nats a step")
+    write_model(args.out, checkpoint, draw, policy, kl)
 
 
 def check(args):

@@ -296,17 +296,29 @@ def main(args: Args):
         check_finite("SAC", weights)
         save_checkpoint(rows_file, stage="sac", flags=of_sac, data=data, weights=weights)
     envs.close()
-    found = load_checkpoint(rows_file, ("sac",))
-    with explained(f"{rows_file} is damaged; delete it"):
-        data, weights, before = found["data"], found["weights"], found["flags"]
-        other = ", ".join(name for name in of_sac if before[name] != of_sac[name])
-    if other:
-        raise UserError(f"{rows_file} was made with another {other}; delete it, or change --out")
+    data, weights = load_rows(rows_file, "sac", of_sac, "weights")
     seed_everything(args.seed)  # so that a run that goes on ends as one in a piece
     policy = copied(args, draw, data, weights)
     kl = learn_dynamics(args, draw, data)
     check_finite("the copy of SAC", policy.state_dict())
     check_finite("f", draw.state_dict())
+    write_model(args.out, checkpoint, draw, policy, kl)
+
+
+def load_rows(path, stage, flags, networks):
+    """What the first part kept in `path`: the rows and its `networks`. UserError if it is damaged,
+    or was made with other flags (a dict)."""
+    found = load_checkpoint(path, (stage,))
+    with explained(f"{path} is damaged; delete it"):
+        data, learned, before = found["data"], found[networks], found["flags"]
+        other = ", ".join(name for name in flags if before[name] != flags[name])
+    if other:
+        raise UserError(f"{path} was made with another {other}; delete it, or change --out")
+    return data, learned
+
+
+def write_model(path, checkpoint, draw, policy, kl):
+    """The checkpoint that was given, with this world model, policy and held-out KL"""
     del checkpoint["file"]
     checkpoint["draw"] = draw.state_dict()
     checkpoint["task_actor"] = policy.actor.state_dict()
@@ -314,8 +326,8 @@ def main(args: Args):
     checkpoint["args"]["learn"] = "lookahead"  # its policies act by their mean
     if checkpoint.get("source_range"):
         checkpoint["source_range"]["kl"] = kl
-    save_checkpoint(args.out, **checkpoint)
-    print(f"wrote {args.out}; held-out KL {kl:.1f} nats a step")
+    save_checkpoint(path, **checkpoint)
+    print(f"wrote {path}; held-out KL {kl:.1f} nats a step")
 
 
 def check(args):

@@ -271,3 +271,14 @@ def test_stage_3_by_itself(tmp_path, given, learn, warm_start):
     }
     train_policy.main(train_policy.Args(**given, **more, bf16=True))
     assert (tmp_path / "policy.pt").exists()
+
+
+def test_rows_that_no_action_led_to(tmp_path, given):
+    """Episodes of one row each: nothing is recorded of what an action does."""
+    rows = random_rows(8) | {"is_first": np.ones(8, bool)}
+    save_dataset(tmp_path / "data.npz", rows)
+    more = {"learn": "recorded", "updates": 2, "batch": 2, "run_dir": str(tmp_path / "run")}
+    more |= {"length": 2, "starts": 4}
+    data = {"dataset": str(tmp_path / "data.npz"), "device": "cpu"}
+    with pytest.raises(UserError, match="no row that an action led to"):
+        train_policy.main(train_policy.Args(**given | data, **more))
