@@ -28,6 +28,12 @@ PAIRS = {
     "finger": ("redraw/FingerTurnHard-v0", "redraw/FingerTurnHardTorque-v0"),
     "reacher": ("redraw/ReacherEasy-v0", "redraw/ReacherEasyReversed-v0"),
 }
+# What stage 3 needs on the other pairs, as in the Makefile.
+POLICIES = {
+    "cup": "--gamma 0.98 --ahead 8 --states 160 --warm-start both",
+    "finger": "--gamma 0.98 --ahead 8 --states 160 --act-noise 1",
+    "reacher": "--gamma 0.97 --ahead 8 --states 160 --act-noise 1 --warm-start critic",
+}
 # Okabe and Ito's colours, which the colour-blind can tell apart too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
@@ -60,10 +66,12 @@ def adapt(folder, checkpoint, *flags):
 
 
 def train(folder, checkpoint, dataset, env_id, *flags):
-    """Stage 3 with the laptop preset into `folder`, evaluated in `env_id`; 300 updates, half of the
-    preset's, because a figure has dozens of these runs."""
+    """Stage 3 with the laptop preset and the pair's own flags into `folder`, evaluated in `env_id`;
+    300 updates, half of the preset's, because a figure has dozens of these runs."""
     command = ["train_policy.py", "laptop", "--checkpoint", checkpoint, "--dataset", dataset]
     command += ["--run-dir", folder, "--eval-env-ids", env_id, "--resume", "--updates", 300]
+    for pair, (_, target) in PAIRS.items():
+        command += POLICIES.get(pair, "").split() if target == env_id else []
     return Stage([*command, *flags], Path(folder) / "done")
 
 

@@ -47,7 +47,7 @@ def job(pair, method, updates, seed, runs):
         stages.append(stage)
         before = stage
     # A baseline as its authors have it: a finetuned model's policy starts from the source's.
-    warm = ("--warm-start", "both" if method == "finetune" else "none")
+    warm = ("--warm-start", "both") if method == "finetune" else ()
     policy = folder / f"{method}-{updates[-1]}-{seed}-policy"
     stages.append(train(policy, adapted / "last.pt", data, target, *warm, "--seed", seed))
     key = {"pair": pair, "method": method, "updates": updates[-1], "seed": seed}
