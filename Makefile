@@ -68,7 +68,7 @@ POLICY_cup = --gamma 0.98 --ahead 8 --states 160
 # Catches that fail narrowly teach more than bursts at full force, and so do the source's own misses.
 RECORD_cup = --noise 0.25 --jitter 1 --episode-steps 60
 TARGET2_cup = --collect-policy zero-shot --collect-noise 0.4 --episode-steps 60
-# Lookahead from new networks does not find the catch, so the adapted policy begins with the source's.
+# Lookahead from new networks did not find the catch: the adapted policy begins with the source's.
 TARGET3_cup = --warm-start both
 POLICY_finger = $(POLICY_cup)
 TARGET3_finger = --act-noise 1
