@@ -95,6 +95,16 @@ def test_a_stage_that_fails_ends_the_figure_with_its_last_line(jobs, tmp_path):
     assert not (tmp_path / "table.csv").exists()
 
 
+def test_a_policy_is_trained_with_its_pairs_flags_which_a_job_may_override(jobs, tmp_path):
+    def command(env_id, *flags):
+        return list(map(str, jobs.train(tmp_path, "best.pt", "data.npz", env_id, *flags).command))
+
+    reacher = command("redraw/ReacherEasyReversed-v0", "--warm-start", "both")
+    assert reacher[reacher.index("--gamma") + 1] == "0.97"
+    assert reacher[-2:] == ["--warm-start", "both"]  # the last one counts
+    assert "--gamma" not in command("redraw/PendulumSwingupReversed-v0")
+
+
 def test_measured_reads_the_return_and_the_last_kl(jobs, tmp_path):
     (tmp_path / "eval.json").write_text('{"a": {"mean": 12.345, "ci95": 2.0, "returns": []}}')
     rows = [("step", "metric", "value"), (0, "adapt/kl_held-out", 5.0)]
